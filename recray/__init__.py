@@ -1,0 +1,56 @@
+"""recray: from an interaction log to a recommender that answers inside a latency budget.
+
+The path of data, which is also the listing of this package (a test walks it):
+
+    interactions   data/interactions.py    a log of (user, item, time, weight), columnar, validated
+    ids            data/ids.py             external id <-> dense row; append-only
+    dataset        data/dataset.py         ids + interactions + features + splits, one artefact
+    sequences      data/sequences.py       one history per user, cut and shifted
+    batches        data/batches.py         arrays of rows, negatives, one seed per (epoch, shard)
+    model          models/                 plain nn.Module, or plain sparse algebra, one process
+    training       training/               the same model, data-parallel               -> ray.train
+    checkpoint     training/checkpoint.py  weights + optimizer + position + manifest
+    compression    compression/            encode tables, quantize and export graphs
+    index          retrieval/              item vectors -> k candidates
+    bundle         bundles/                ids + weights + tables + index + ranker + manifest
+    response       recommender.py          history -> retrieve -> filter -> rank -> answer, no Ray
+    search         tuning/                 trials under a latency and a size budget     -> ray.tune
+    serve graph    serving/                Ingress -> Retriever -> Ranker, autoscaled   -> ray.serve
+
+The verbs live in `recray.api` and are re-exported here, imported at first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "__version__",
+    "bundle",
+    "compress",
+    "demo",
+    "evaluate",
+    "prepare",
+    "recommend",
+    "serve",
+    "show",
+    "train",
+    "tune",
+]
+
+if TYPE_CHECKING:
+    from recray.api import bundle, compress, demo, evaluate, prepare, recommend, serve, show, train, tune
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from recray import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'recray' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

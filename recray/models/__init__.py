@@ -1,0 +1,35 @@
+"""Models by name. Adding one: a file beside this, and a line here; the contract tests then run on it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from recray import config
+
+if TYPE_CHECKING:
+    from recray.models.base import Catalogue, Model
+
+MODELS = {  # name -> module:class, imported when asked for
+    "popularity": "recray.models.popularity:Popularity",
+    "item-knn": "recray.models.item_knn:ItemKNN",
+    "ials": "recray.models.ials:IALS",
+    "sasrec": "recray.models.sasrec:SASRec",
+    "neumf": "recray.models.neumf:NeuMF",
+}
+
+
+def model_class(name: str) -> type[Model]:
+    """The class of a registered model; an unknown name raises ConfigError naming the nearest."""
+    if name not in MODELS:
+        raise config.unknown_name("model", name, MODELS)
+    module, _, attribute = MODELS[name].partition(":")
+    found: type[Model] = getattr(importlib.import_module(module), attribute)
+    return found
+
+
+def build_model(name: str, catalogue: Catalogue, options: Mapping[str, Any]) -> Model:
+    """A fresh, untrained model; unknown options raise ConfigError."""
+    cls = model_class(name)
+    return cls(catalogue, config.build(cls.Config, options, where="model"))

@@ -1,0 +1,127 @@
+"""What every model is: one of two stages, answering from raw histories, one process, no Ray.
+
+A retriever turns histories into scores over the whole catalogue; most do it by query vectors times
+item vectors, which an index can search. A ranker scores a few candidates a user more carefully.
+
+Shapes: B users, K queries a user, D dims, N items of the catalogue, C candidates a user.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from recray.data.sequences import Histories
+
+if TYPE_CHECKING:
+    from recray.data.dataset import Dataset
+
+Context = Mapping[str, NDArray[np.int32]]  # context column -> value rows int32[B]; 0 means unknown
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Base of each model's own frozen options (`Model.Config`)."""
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """What a model must know of a dataset before it sees a row of it."""
+
+    n_items: int
+    context: Mapping[str, int]  # context column -> number of value rows, 0 being 'unknown'
+
+
+class Model(nn.Module):
+    """Base of all models. Everything learned is a parameter or a buffer, so `state_dict()` is it.
+
+    A subclass sets `self.tables` (name -> Table) for what grows with the catalogue and, if it has
+    a dense part worth exporting, `self.network`: a module of tensors only (no rows, no ragged
+    input), fed by `inputs(...)`. `network(*inputs(...))` is then the whole computation after the
+    tables' rows were read, which is what compression exports and replaces.
+    """
+
+    name: ClassVar[str]
+    stage: ClassVar[Literal["retriever", "ranker"]]
+    Config: ClassVar[type[ModelConfig]]
+    gradient: ClassVar[bool]  # True: trained by training/loop.py on batches; False: by `fit`
+
+    def __init__(self, catalogue: Catalogue, config: ModelConfig) -> None:
+        super().__init__()
+        self.catalogue, self.config = catalogue, config
+        self.n_items = catalogue.n_items
+        self.tables: nn.ModuleDict = nn.ModuleDict()
+        self.network: nn.Module | None = None
+
+    # -- models with gradient = False ------------------------------------------------------------
+    def fit(self, data: Dataset) -> Mapping[str, float]:
+        """Learn from `data.train` in closed form or by sweeps; returns what it measured."""
+        raise NotImplementedError(f"{self.name} is trained by gradient")
+
+    # -- models with gradient = True -------------------------------------------------------------
+    def batches(
+        self, data: Dataset, *, batch_size: int, epoch: int, seed: int, rank: int, world: int
+    ) -> Iterator[Any]:
+        """This rank's share of one epoch; the same for the same (epoch, seed, rank, world).
+
+        Every rank yields the same number of batches.
+        """
+        raise NotImplementedError(f"{self.name} is not trained by gradient")
+
+    def loss(self, batch: Any) -> Tensor:
+        """Mean loss of one batch of `batches`, a scalar."""
+        raise NotImplementedError(f"{self.name} is not trained by gradient")
+
+
+class Retriever(Model):
+    """Histories -> scores over the catalogue."""
+
+    stage = "retriever"
+
+    @property
+    def has_vectors(self) -> bool:
+        """Whether score = max over K of encode(h) @ item_vectors(), so that an index can serve it."""
+        return True
+
+    def encode(self, histories: Histories) -> Tensor:
+        """Query vectors, float32[B, K, D]. Reads tables, then the network. No gradient is kept."""
+        raise NotImplementedError(f"{self.name} has no query vectors")
+
+    def item_vectors(self) -> Tensor:
+        """float32[N, D]; by default the table named 'item'."""
+        return self.tables["item"].dense()  # type: ignore[operator,no-any-return]
+
+    @torch.inference_mode()
+    def score(self, histories: Histories) -> Tensor:
+        """Scores of all items, float32[B, N]. A model without vectors overrides this."""
+        query_BKD = self.encode(histories)
+        b, k, d = query_BKD.shape
+        return (query_BKD.reshape(b * k, d) @ self.item_vectors().T).view(b, k, -1).amax(dim=1)
+
+
+class Ranker(Model):
+    """(history, candidates, context) -> one score a candidate."""
+
+    stage = "ranker"
+
+    @abstractmethod
+    def inputs(
+        self, histories: Histories, candidates: NDArray[np.int64], context: Context | None = None
+    ) -> tuple[Tensor, ...]:
+        """What the network eats, first dimension B; candidates int64[B, C], PAD where there is none."""
+
+    @torch.inference_mode()
+    def score(
+        self, histories: Histories, candidates: NDArray[np.int64], context: Context | None = None
+    ) -> Tensor:
+        """float32[B, C]; minus infinity where the candidate is PAD."""
+        assert self.network is not None
+        scores_BC: Tensor = self.network(*self.inputs(histories, candidates, context))
+        return scores_BC.masked_fill(torch.from_numpy(candidates) < 0, -torch.inf)

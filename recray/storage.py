@@ -1,0 +1,183 @@
+"""Where artefacts lie: a local folder or any `pyarrow.fs` URI (s3://, gs://, hdfs://, file://).
+
+Local artefacts are written beside their place and renamed into it. Object stores have no rename:
+there files go up first and `manifest.json` last, so a folder without a manifest is not an artefact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from recray.errors import InputError
+
+if TYPE_CHECKING:
+    from pyarrow import NativeFile
+
+MANIFEST = "manifest.json"
+_COPY = 8 << 20  # bytes a copy moves at a time
+
+
+@dataclass(frozen=True)
+class Place:
+    """A file or folder, local or remote. `uri` is what the user wrote."""
+
+    uri: str
+    path: str  # inside `fs`
+    remote: bool
+
+    @cached_property
+    def fs(self) -> Any:
+        from pyarrow import fs
+
+        return _remote(self.uri)[0] if self.remote else fs.LocalFileSystem()
+
+    @property
+    def local(self) -> Path:
+        """The local path; a programming error for a remote place."""
+        if self.remote:
+            raise ValueError(f"{self.uri} is not local")
+        return Path(self.path)
+
+    def __str__(self) -> str:
+        return self.uri
+
+    def __truediv__(self, name: str) -> Place:
+        return Place(f"{self.uri.rstrip('/')}/{name}", f"{self.path.rstrip('/')}/{name}", self.remote)
+
+    def exists(self) -> bool:
+        from pyarrow import fs
+
+        if not self.remote:
+            return self.local.exists()
+        return bool(self.fs.get_file_info(self.path).type != fs.FileType.NotFound)
+
+    def is_dir(self) -> bool:
+        from pyarrow import fs
+
+        if not self.remote:
+            return self.local.is_dir()
+        return bool(self.fs.get_file_info(self.path).type == fs.FileType.Directory)
+
+    def open(self) -> NativeFile:
+        """Open for random reads; local files are memory-mapped."""
+        import pyarrow as pa
+
+        if not self.remote:
+            return pa.memory_map(self.path) if os.path.getsize(self.path) else pa.OSFile(self.path)
+        return self.fs.open_input_file(self.path)
+
+    def read_bytes(self) -> bytes:
+        if not self.remote:
+            return self.local.read_bytes()
+        with self.fs.open_input_stream(self.path) as stream:
+            return bytes(stream.read())
+
+
+def place(uri: str | os.PathLike[str] | Place) -> Place:
+    """Resolve what a user wrote. Local paths become absolute (Ray workers have other folders)."""
+    if isinstance(uri, Place):
+        return uri
+    text = os.fspath(uri)
+    if "://" in text and not text.startswith("file://"):
+        return Place(text, _remote(text)[1], remote=True)
+    path = os.path.abspath(os.path.expanduser(text.removeprefix("file://")))
+    return Place(path, path, remote=False)
+
+
+def _remote(uri: str) -> tuple[Any, str]:
+    import pyarrow as pa
+    from pyarrow import fs
+
+    try:
+        filesystem, path = fs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+        raise InputError(f"not a place we can reach ({error})", where=uri) from None
+    return filesystem, path
+
+
+@contextlib.contextmanager
+def staged(out: str | os.PathLike[str] | Place) -> Iterator[Path]:
+    """A scratch folder that becomes `out` when the block ends well, and vanishes when it does not.
+
+    An existing artefact (or empty folder) at `out` is replaced; any other folder is refused.
+    """
+    target = place(out)
+    check_writable(target)
+    if target.remote:
+        with tempfile.TemporaryDirectory(prefix="recray-") as scratch:
+            yield Path(scratch)
+            _upload(Path(scratch), target)
+        return
+    final = target.local
+    final.parent.mkdir(parents=True, exist_ok=True)
+    scratch_path = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
+    try:
+        yield scratch_path
+        scratch_path.chmod(0o755)
+        _swap(scratch_path, final)
+    finally:
+        shutil.rmtree(scratch_path, ignore_errors=True)
+
+
+def check_writable(out: str | os.PathLike[str] | Place) -> None:
+    """Refuse, before any work, an `out` that holds something which is not ours to replace."""
+    target = place(out)
+    if target.remote:
+        return
+    path = target.local
+    if path.is_file():
+        raise InputError("is a file, and the result is a folder", where=path, fix="choose another --out")
+    if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
+        raise InputError("is a folder with other things in it", where=path, fix="choose another --out")
+    parent = path.parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError("cannot be written", where=path, fix="choose another --out")
+
+
+def _swap(scratch: Path, final: Path) -> None:
+    if not final.exists():
+        os.rename(scratch, final)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".old", dir=final.parent))
+    os.rename(final, old / "was")
+    try:
+        os.rename(scratch, final)
+    except OSError:
+        os.rename(old / "was", final)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _upload(folder: Path, target: Place) -> None:
+    files = sorted(p for p in folder.rglob("*") if p.is_file())
+    files.sort(key=lambda p: p.name == MANIFEST and p.parent == folder)  # the manifest last
+    target.fs.create_dir(target.path, recursive=True)
+    for file in files:
+        goal = target / file.relative_to(folder).as_posix()
+        with file.open("rb") as source, goal.fs.open_output_stream(goal.path) as sink:
+            while block := source.read(_COPY):
+                sink.write(block)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write one file aside and rename it into place."""
+    handle, scratch = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(scratch, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(scratch)
+        raise
