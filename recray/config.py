@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 import types
 import typing
@@ -55,6 +56,8 @@ def as_dict(config: Any) -> dict[str, Any]:
 def _set(config: T, path: list[str], text: str, full: str) -> T:
     if isinstance(config, Mapping):
         new = dict(config)
+        if len(path) > 1 and not isinstance(new.get(path[0], {}), Mapping):
+            raise ConfigError(f"unknown setting {full!r}", fix=f"{path[0]!r} has no parts")
         new[path[0]] = guess(text) if len(path) == 1 else _set(new.get(path[0], {}), path[1:], text, full)
         return typing.cast(T, new)
     names = {f.name for f in dataclasses.fields(config)}  # type: ignore[arg-type]
@@ -88,20 +91,12 @@ def guess(text: str) -> Any:
 
 
 def _coerce(hint: Any, value: Any, path: str) -> Any:
+    """The value as the type that `hint` names, else ConfigError."""
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
     if origin in (Union, types.UnionType):
-        empty = value is None or (isinstance(value, str) and value.lower() in ("none", "null"))
-        if empty and type(None) in args:
-            return None
-        errors = []
-        for arg in (a for a in args if a is not type(None)):
-            try:
-                return _coerce(arg, value, path)
-            except ConfigError as error:
-                errors.append(error)
-        raise errors[0]
+        return _one_of(args, value, path)
     if origin is typing.Literal:
         for choice in args:
             if value == choice or str(value) == str(choice):
@@ -111,10 +106,9 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
         parts = guess(value) if isinstance(value, str) else value
         if isinstance(parts, str) or not isinstance(parts, Iterable):
             parts = [p for p in str(parts).split(",") if p]
-        kind = args[0] if args else Any
-        made = [_coerce(kind, part, path) for part in parts]
+        made = [_coerce(args[0] if args else Any, part, path) for part in parts]
         return tuple(made) if origin is tuple else made
-    if origin in (dict, Mapping) or (isinstance(origin, type) and issubclass(origin, Mapping)):
+    if isinstance(origin, type) and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path} must be a mapping, not {value!r}")
         return dict(value)
@@ -124,6 +118,23 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path} must be a group of settings, not {value!r}")
         return build(hint, value, where=path)
+    return _scalar(hint, value, path)
+
+
+def _one_of(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
+    empty = value is None or (isinstance(value, str) and value.lower() in ("none", "null"))
+    if empty and type(None) in kinds:
+        return None
+    errors = []
+    for kind in (k for k in kinds if k is not type(None)):
+        try:
+            return _coerce(kind, value, path)
+        except ConfigError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _scalar(hint: Any, value: Any, path: str) -> Any:
     if hint is bool:
         if isinstance(value, bool):
             return value
@@ -132,28 +143,25 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
     elif hint is int:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
-        if isinstance(value, (str, float)):
-            try:
-                number = float(value)
-            except ValueError:
-                number = float("nan")
-            if number == number and number == int(number):
-                return int(value) if isinstance(value, str) and value.lstrip("+-").isdigit() else int(number)
+        number = _number(value)
+        if math.isfinite(number) and number == int(number):
+            return int(value) if isinstance(value, str) and value.lstrip("+-").isdigit() else int(number)
     elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return float(value)
-        if isinstance(value, str):
-            try:
-                return float(value)
-            except ValueError:
-                pass
-    elif hint is str:
-        if isinstance(value, str):
-            return value
+        number = _number(value)
+        if number == number:  # no setting means NaN
+            return number
     elif isinstance(hint, type) and isinstance(value, hint):
         return value
     name = getattr(hint, "__name__", str(hint))
     raise ConfigError(f"{path} is {value!r}", fix=f"it must be of type {name}")
+
+
+def _number(value: Any) -> float:
+    """A number, or a text that says one; NaN for anything else."""
+    try:
+        return float("nan") if isinstance(value, bool) else float(value)
+    except (ValueError, TypeError, OverflowError):
+        return float("nan")
 
 
 def _did_you_mean(key: str, known: Iterable[str]) -> str:
@@ -178,7 +186,7 @@ def parse_duration(text: str, *, what: str = "duration") -> float:
 
 def parse_bytes(text: str, *, what: str = "size") -> int:
     """'64MB' -> 64_000_000 bytes; KiB, MiB, GiB are powers of two."""
-    return int(_parse_unit(text, _BYTES, what, "64MB"))
+    return max(1, int(_parse_unit(text, _BYTES, what, "64MB")))
 
 
 def parse_share(text: str, *, what: str = "share") -> float:
@@ -197,6 +205,6 @@ def _parse_unit(text: str, units: Mapping[str, float], what: str, example: str) 
     if not match or match[2].lower() not in units:
         raise ConfigError(f"{what} {text!r} has no unit we know", fix=f"write for example {example}")
     value = float(match[1]) * units[match[2].lower()]
-    if not value > 0:
+    if not 0 < value < math.inf:
         raise ConfigError(f"{what} {text!r} must be above zero", fix=f"write for example {example}")
     return value

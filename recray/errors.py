@@ -12,18 +12,25 @@ class RecrayError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, *, where: object = None, fix: str | None = None) -> None:
-        self.what = what
-        self.where = None if where is None else str(where)
+        self.what = _short(what)
+        self.where = None if where is None else _short(str(where))
         self.fix = fix
-        parts = [what.strip().rstrip(".")]
+        parts = [self.what.strip().rstrip(".")]
         if self.where:
             parts[0] = f"{self.where}: {parts[0]}"
         if fix:
             parts.append(fix.strip().rstrip("."))
-        super().__init__(". ".join(parts).replace("\n", " "))
+        super().__init__(" ".join(". ".join(parts).splitlines()))
 
     def __reduce__(self) -> tuple[object, ...]:  # keyword-only arguments survive a process boundary
         return (_rebuild, (type(self), self.what, self.where, self.fix))
+
+
+LONGEST = 400  # characters of each part; an id can be a million characters long
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 40]} ... ({len(text):,} characters)"
 
 
 def _rebuild(cls: type[RecrayError], what: str, where: str | None, fix: str | None) -> RecrayError:

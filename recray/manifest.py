@@ -12,16 +12,14 @@ import datetime as dt
 import hashlib
 import json
 import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from recray.errors import ArtefactError
+from recray.errors import ArtefactError, InputError
 from recray.storage import MANIFEST, Place, place, staged
 
 FORMAT = 1
@@ -59,7 +57,7 @@ class Artefact:
         return {"uri": self.place.uri, "hash": self.hash}
 
     def file(self, name: str) -> Place:
-        """A file that the manifest lists; size-checked (see `verify` for the whole)."""
+        """The place of a file that the manifest lists."""
         if name not in self.manifest.files:
             raise ArtefactError(f"has no file {name!r}", where=self.place)
         return self.place / name
@@ -76,6 +74,9 @@ class Artefact:
                 goal = scratch / name
                 goal.parent.mkdir(parents=True, exist_ok=True)
                 goal.write_bytes((self.place / name).read_bytes())
+            copy = Artefact(place(scratch), self.manifest)
+            for name in self.manifest.files:
+                check_file(copy, name)
             yield scratch
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -125,17 +126,12 @@ def open_artefact(uri: str | os.PathLike[str] | Place, *kinds: str, verify: bool
     where = place(uri)
     want = " or ".join(kinds) or "artefact"
     try:
-        raw = json.loads((where / MANIFEST).read_bytes())
-        manifest = Manifest(**raw)
+        manifest = _read((where / MANIFEST).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        known = "is not there" if not where.exists() else f"has no {MANIFEST}"
+        known = f"has no {MANIFEST}" if where.exists() else "is not there"
         raise ArtefactError(known, where=where, fix=f"give the folder of a {want}") from None
-    except (ValueError, TypeError, OSError) as error:
-        raise ArtefactError(f"{MANIFEST} cannot be read ({error})", where=where) from None
-    if manifest.format != FORMAT:
-        raise ArtefactError(f"has format {manifest.format}, this version reads {FORMAT}", where=where)
-    if _checksum(manifest) != manifest.checksum or _content_hash(manifest) != manifest.hash:
-        raise ArtefactError(f"{MANIFEST} was altered: its checksum does not match", where=where)
+    except (ValueError, TypeError, LookupError, AttributeError, OSError) as error:
+        raise ArtefactError(f"{MANIFEST} cannot be used ({error})", where=where) from None
     if kinds and manifest.kind not in kinds:
         raise ArtefactError(f"is a {manifest.kind}, not a {want}", where=where)
     artefact = Artefact(where, manifest)
@@ -143,6 +139,22 @@ def open_artefact(uri: str | os.PathLike[str] | Place, *kinds: str, verify: bool
         for name in manifest.files:
             check_file(artefact, name)
     return artefact
+
+
+def _read(data: bytes) -> Manifest:
+    """Parse and check a manifest; ValueError and its like say what is wrong with it."""
+    raw = json.loads(data)
+    if not isinstance(raw, dict) or "format" not in raw:
+        raise ValueError("it is not a manifest")
+    if raw["format"] != FORMAT:
+        raise ValueError(f"it has format {raw['format']}, this version reads {FORMAT}")
+    manifest = Manifest(**raw)
+    if _checksum(manifest) != manifest.checksum or _content_hash(manifest) != manifest.hash:
+        raise ValueError("it was altered: its checksum does not match")
+    for name in manifest.files:
+        if name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"it lists a file outside the folder, {name!r}")
+    return manifest
 
 
 def check_file(artefact: Artefact, name: str) -> None:
@@ -169,7 +181,7 @@ def open_parent(artefact: Artefact, role: str, override: object = None) -> str:
     entry = artefact.manifest.parents.get(role)
     if entry is None:
         raise ArtefactError(f"names no {role} it was made from", where=artefact.place)
-    found = open_artefact(entry["uri"], role, verify=False)
+    found = open_artefact(entry["uri"], *((role,) if role in KINDS else ()), verify=False)
     if found.hash != entry["hash"]:
         raise ArtefactError(
             f"is not the {role} that {artefact.place} was made from (hash {found.hash[:12]}, "
@@ -180,7 +192,33 @@ def open_parent(artefact: Artefact, role: str, override: object = None) -> str:
     return entry["uri"]
 
 
+def lineage(artefact: Artefact) -> list[dict[str, Any]]:
+    """Every ancestor, nearest first: {role, kind, uri, hash, found}; `found` says how it is today.
+
+    `found` is "as named", "missing" or "another" (something else lies there now); only the first is
+    followed further.
+    """
+    rows: list[dict[str, Any]] = []
+    waiting = [(role, dict(entry)) for role, entry in artefact.manifest.parents.items()]
+    while waiting:
+        role, entry = waiting.pop(0)
+        row = {"role": role, "kind": None, **entry, "found": "as named"}
+        try:
+            parent = open_artefact(entry["uri"], verify=False)
+        except InputError:
+            row["found"] = "missing"
+        else:
+            row["kind"] = parent.manifest.kind
+            if parent.hash != entry["hash"]:
+                row["found"] = "another"
+            elif all(known["hash"] != parent.hash for known in rows):
+                waiting += [(r, dict(e)) for r, e in parent.manifest.parents.items()]
+        rows.append(row)
+    return rows
+
+
 def sha256(path: Path) -> str:
+    """The sha256 of a file's bytes, in hex."""
     made = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         while block := file.read(1 << 20):
@@ -195,6 +233,9 @@ def digest(value: Any) -> str:
 
 def versions() -> dict[str, str]:
     """The versions that decide whether a result can be repeated."""
+    import platform
+    from importlib import metadata
+
     found = {"python": platform.python_version()}
     for name in ("recray", "ray", "torch", "numpy", "pyarrow", "faiss-cpu", "onnxruntime"):
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -218,7 +259,8 @@ def _checksum(manifest: Manifest) -> str:
 
 
 def _sealed(manifest: Manifest) -> Manifest:
-    """Normalize through JSON (tuples become lists), then hash and checksum."""
-    plain = Manifest(**json.loads(json.dumps(dataclasses.asdict(manifest))))
+    """Normalize through JSON (tuples become lists, NaN null), then hash and checksum."""
+    text = json.dumps(dataclasses.asdict(manifest))
+    plain = Manifest(**json.loads(text, parse_constant=lambda _: None))
     hashed = dataclasses.replace(plain, hash=_content_hash(plain))
     return dataclasses.replace(hashed, checksum=_checksum(hashed))

@@ -38,6 +38,7 @@ def bar(what: str, total: float | None = None, unit: str = "it") -> Iterator[Bar
         unit=unit,
         file=sys.stderr,
         mininterval=0.2 if interactive else 30.0,
+        delay=0 if interactive else 30,
         leave=interactive,
         dynamic_ncols=True,
         unit_scale=True,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 from recray.errors import InputError
 
@@ -49,8 +50,18 @@ class Place:
     def __str__(self) -> str:
         return self.uri
 
+    @property
+    def name(self) -> str:
+        """The last part of the path."""
+        return self.path.rstrip("/").rpartition("/")[2]
+
     def __truediv__(self, name: str) -> Place:
-        return Place(f"{self.uri.rstrip('/')}/{name}", f"{self.path.rstrip('/')}/{name}", self.remote)
+        base, mark, query = self.uri.partition("?") if self.remote else (self.uri, "", "")
+        uri = f"{base.rstrip('/')}/{name}{mark}{query}"
+        child = Place(uri, f"{self.path.rstrip('/')}/{name}", self.remote)
+        if self.remote:
+            child.__dict__["fs"] = self.fs  # one connection for a folder and what is in it
+        return child
 
     def exists(self) -> bool:
         from pyarrow import fs
@@ -86,9 +97,15 @@ def place(uri: str | os.PathLike[str] | Place) -> Place:
     if isinstance(uri, Place):
         return uri
     text = os.fspath(uri)
+    if not text.strip() or "\0" in text:
+        raise InputError("is not the name of a file or folder", where=repr(text))
     if "://" in text and not text.startswith("file://"):
-        return Place(text, _remote(text)[1], remote=True)
-    path = os.path.abspath(os.path.expanduser(text.removeprefix("file://")))
+        inside = _remote(text)[1]
+        if not inside.strip("/"):
+            raise InputError("names no bucket or folder", where=text)
+        return Place(text, inside, remote=True)
+    bare = unquote(text.removeprefix("file://")) if text.startswith("file://") else text
+    path = os.path.abspath(os.path.expanduser(bare))
     return Place(path, path, remote=False)
 
 
@@ -131,6 +148,8 @@ def check_writable(out: str | os.PathLike[str] | Place) -> None:
     """Refuse, before any work, an `out` that holds something which is not ours to replace."""
     target = place(out)
     if target.remote:
+        if _others(target) and not (target / MANIFEST).exists():
+            raise InputError("is a folder with other things in it", where=target, fix="choose another --out")
         return
     path = target.local
     if path.is_file():
@@ -159,9 +178,20 @@ def _swap(scratch: Path, final: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def _others(target: Place) -> list[str]:
+    """The paths of the files below a remote folder."""
+    from pyarrow import fs
+
+    chosen = fs.FileSelector(target.path, recursive=True, allow_not_found=True)
+    return [i.path for i in target.fs.get_file_info(chosen) if i.type == fs.FileType.File]
+
+
 def _upload(folder: Path, target: Place) -> None:
     files = sorted(p for p in folder.rglob("*") if p.is_file())
     files.sort(key=lambda p: p.name == MANIFEST and p.parent == folder)  # the manifest last
+    old = sorted(_others(target), key=lambda path: path != f"{target.path.rstrip('/')}/{MANIFEST}")
+    for path in old:  # the old manifest first: nobody may read it beside new files
+        target.fs.delete_file(path)
     target.fs.create_dir(target.path, recursive=True)
     for file in files:
         goal = target / file.relative_to(folder).as_posix()
@@ -176,6 +206,7 @@ def write_file(path: Path, data: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
+        os.chmod(scratch, 0o644)
         os.replace(scratch, path)
     except BaseException:
         with contextlib.suppress(OSError):

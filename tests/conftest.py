@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("recray", deadline=None, max_examples=50, derandomize=True, database=None)
+settings.load_profile("recray")
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,7 @@ class Histories:
         return self.items[self.offsets[b] : self.offsets[b + 1]]
 
     @staticmethod
-    def of(sequences: Iterable[Sequence[int]]) -> Histories:
+    def of(sequences: Iterable[Sequence[int] | NDArray[Any]]) -> Histories:
         """From Python lists of item rows."""
         parts = [np.asarray(s, dtype=np.int32) for s in sequences]
         offsets = np.zeros(len(parts) + 1, dtype=np.int64)
@@ -64,6 +64,19 @@ class Histories:
         lengths = np.maximum(self.lengths - n, 0)
         return self._gather(self.offsets[:-1], lengths)
 
+    def known(self) -> Histories:
+        """Each history without what is no item row of ours (PAD): an unknown item is as if not there."""
+        keep = self.items >= 0
+        if keep.all():
+            return self
+        kept = np.concatenate([[0], np.cumsum(keep)]).astype(np.int64)
+        return Histories(
+            self.items[keep],
+            kept[self.offsets],
+            None if self.weights is None else self.weights[keep],
+            None if self.times is None else self.times[keep],
+        )
+
     def padded(self, length: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(rows int64[B, L] right-padded with PAD, lengths int64[B]); keeps the newest `length`."""
         cut = self if length is None else self.last(length)
@@ -80,8 +93,9 @@ class Histories:
         values = (
             self.weights if weighted and self.weights is not None else np.ones(len(self.items), np.float32)
         )
-        made = sparse.csr_matrix((values, self.items, self.offsets), shape=(len(self), n_items))
-        made.sum_duplicates()
+        shape = (len(self), n_items)
+        made = sparse.csr_matrix((values, self.items, self.offsets), shape=shape, copy=True)
+        made.sum_duplicates()  # in place, hence the copy: the histories keep their order
         return made
 
     def _gather(self, starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> Histories:

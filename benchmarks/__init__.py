@@ -1,0 +1,1 @@
+"""Benchmarks, one file a theme: `python -m benchmarks.<theme> [--quick] [--json FILE]`."""

@@ -1,0 +1,173 @@
+"""Tables about items and users, aligned to rows; links between users as pairs of rows."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pcsv
+import pyarrow.json as pjson
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from recray.data import files, formats, headers
+from recray.data.ids import Ids
+from recray.errors import InputError
+from recray.progress import warn
+from recray.storage import Place, place
+
+LINK = "link"  # the role of both columns of a file of links
+
+
+@dataclass(frozen=True)
+class Features:
+    """A feature file as read: its ids (strings, one a row) and its other columns."""
+
+    where: Place
+    ids: Any  # Arrow string array
+    table: Any  # Arrow table without the id column
+    skipped: int  # rows without an id, with a wrong number of fields, or of an id that came before
+
+
+def read_features(file: Any, role: str) -> Features:
+    """Read items' or users' features. The id column is the one of a usual name, else the first.
+
+    Any format a log may have. RecBole's header types are kept: `:token` columns stay text, `:float`
+    become numbers. Text that is no UTF-8 is read as Latin-1, with a warning.
+    """
+    where = _there(file)
+    table, broken = _table(where, role)
+    name = headers.usual_column(role, table.column_names) or table.column_names[0]
+    ids = _as_text(table.column(name))
+    rest = table.drop_columns([name])
+    rest = rest.rename_columns([headers.plain_name(n) for n in rest.column_names])
+    known = pc.fill_null(pc.greater(pc.utf8_length(ids), 0), False).to_numpy(zero_copy_only=False)
+    codes = ids.dictionary_encode()
+    first = np.zeros(len(ids), bool)
+    indices = pc.fill_null(codes.indices, 0).to_numpy(zero_copy_only=False)
+    first[np.unique(indices, return_index=True)[1]] = True
+    keep = known & first
+    if not keep.any():
+        raise InputError(f"has no {role} with an id", where=where)
+    mask = pa.array(keep)
+    return Features(where, ids.filter(mask), rest.filter(mask), broken + int(np.count_nonzero(~keep)))
+
+
+def fingerprint(file: Any) -> str:
+    """sha256 of a file's bytes."""
+    made = hashlib.sha256()
+    for chunk in files.chunks(_there(file), None):
+        made.update(chunk)
+    return made.hexdigest()
+
+
+def aligned(features: Features, ids: Ids) -> Any:
+    """The table with one row per id, null where the file has none."""
+    rows = ids.rows_of(features.ids)
+    at = np.full(len(ids), -1, np.int64)
+    at[rows[rows >= 0]] = np.flatnonzero(rows >= 0)
+    return features.table.take(pa.array(at, mask=at < 0))
+
+
+def read_links(file: Any, users: Ids) -> tuple[Any, Any]:
+    """(users, others): two Arrow string arrays, the first two columns of a file of user-user pairs.
+
+    A first line of words is a header unless one of them is a known user.
+    """
+    where = _there(file)
+    table, _ = _table(where, LINK)
+    if table.num_columns < 2:
+        raise InputError("has one column only", where=where, fix="a link is two user ids")
+    names = table.column_names[:2]
+    first = [[name] if any(n in users for n in names) else [] for name in names]
+    one, two = (
+        pa.concat_arrays([pa.array(first[i], pa.string()), _as_text(table.column(i))]) for i in range(2)
+    )
+    good = pc.and_(pc.greater(pc.utf8_length(one), 0), pc.greater(pc.utf8_length(two), 0))
+    return one.filter(good), two.filter(good)
+
+
+def link_rows(users: Ids, one: Any, two: Any) -> NDArray[np.int32]:
+    """int32[L, 2] rows of both ends."""
+    return np.stack([users.rows_of(one), users.rows_of(two)], axis=1)
+
+
+def _as_text(column: Any) -> Any:
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if pa.types.is_nested(column.type) or pa.types.is_binary(column.type):
+        raise InputError(f"an id column holds {column.type}, not text or numbers")
+    return pc.fill_null(column.cast(pa.string()), "").combine_chunks()
+
+
+def _there(file: Any) -> Place:
+    where = place(file)
+    if not where.exists():
+        raise InputError("is not there", where=where, fix="check the path")
+    return where
+
+
+def _table(where: Place, role: str) -> tuple[Any, int]:
+    magic = files.first_bytes(where)
+    if not magic:
+        raise InputError("is empty", where=where)
+    try:
+        if magic.startswith(b"PAR1"):
+            with where.open() as file:
+                return pq.read_table(file), 0
+        text, _ = files.head(where, files.compression_of(where, magic), 1 << 62)
+        try:
+            text.decode()
+        except UnicodeDecodeError:
+            warn(f"{where} is not UTF-8; it is read as Latin-1")
+            text = text.decode("latin-1").encode()
+        text = text.removeprefix(b"\xef\xbb\xbf")
+        if text.lstrip().startswith(b"{"):
+            return pjson.read_json(pa.BufferReader(text), pjson.ReadOptions(block_size=len(text) + 1)), 0
+        return _read_text(where, text, role)
+    except pa.ArrowException as error:
+        raise InputError(f"cannot be read ({str(error)[:200]})", where=where) from None
+
+
+def _read_text(where: Place, text: bytes, role: str) -> tuple[Any, int]:
+    lines = formats.head_lines(text[: formats.HEAD], len(text) <= formats.HEAD)
+    if not lines:
+        raise InputError("has no rows", where=where)
+    separator, quoted, names, header = formats.layout(where, lines)
+    if len(separator) > 1:
+        text, separator = text.replace(separator.encode(), b"\x1f"), "\x1f"
+    if header:
+        text = text[text.find(b"\n") + 1 or len(text) :]
+    else:
+        names = tuple(f"column_{name}" for name in names)
+    id_name = names[0] if role == LINK else headers.usual_column(role, names) or names[0]
+    types = {id_name: pa.string()}
+    for name in names:
+        if name.endswith((":token", ":token_seq", ":float_seq")):
+            types[name] = pa.string()
+        elif name.endswith(":float"):
+            types[name] = pa.float64()
+    if role == LINK:
+        types[names[1 % len(names)]] = pa.string()
+    bad: list[int] = []
+
+    def on_bad(row: Any) -> str:
+        bad.append(1)
+        return "skip"
+
+    table = pcsv.read_csv(
+        pa.BufferReader(text),
+        pcsv.ReadOptions(column_names=list(names), block_size=len(text) + 1),
+        pcsv.ParseOptions(
+            delimiter=separator,
+            quote_char='"' if quoted else False,
+            newlines_in_values=quoted,
+            invalid_row_handler=on_bad,
+        ),
+        pcsv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""]),
+    )
+    return table, len(bad)
