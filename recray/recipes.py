@@ -18,7 +18,7 @@ class Train:
     """How a model with gradients is trained. Models fitted in closed form use only `seed`."""
 
     epochs: int = 20
-    batch_size: int = 128  # users (or examples) a step, over all ranks
+    batch_size: int = 128  # sequences (or examples) a step, over all ranks
     lr: float = 1e-3
     weight_decay: float = 0.0
     clip_norm: float = 5.0  # 0 = no clipping
@@ -59,12 +59,15 @@ def ials() -> Recipe:
 
 def sasrec() -> Recipe:
     """Self-attentive sequences with full softmax; the default retriever."""
-    return Recipe(name="sasrec", model="sasrec", options={"dim": 64, "blocks": 2, "max_len": 50})
+    options = {"dim": 64, "blocks": 2, "max_len": 50, "dropout": 0.2}
+    return Recipe(name="sasrec", model="sasrec", options=options, train=Train(epochs=30, batch_size=64))
 
 
 def neumf() -> Recipe:
     """Neural matrix factorization over the history; the first ranker."""
-    return Recipe(name="neumf", model="neumf", options={"dim": 32}, train=Train(epochs=10, batch_size=1024))
+    return Recipe(
+        name="neumf", model="neumf", options={"dim": 32}, train=Train(epochs=20, batch_size=64, lr=2e-3)
+    )
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {

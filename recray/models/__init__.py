@@ -29,7 +29,11 @@ def model_class(name: str) -> type[Model]:
     return found
 
 
-def build_model(name: str, catalogue: Catalogue, options: Mapping[str, Any]) -> Model:
-    """A fresh, untrained model; unknown options raise ConfigError."""
+def build_model(name: str, catalogue: Catalogue, options: Mapping[str, Any], *, seed: int = 0) -> Model:
+    """A fresh, untrained model, the same for the same seed; unknown options raise ConfigError."""
+    from recray.models.base import seeded
+
     cls = model_class(name)
-    return cls(catalogue, config.build(cls.Config, options, where="model"))
+    settings = config.build(cls.Config, options, where="options")
+    with seeded(seed):
+        return cls(catalogue, settings)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -29,6 +30,14 @@ Context = Mapping[str, NDArray[np.int32]]  # context column -> value rows int32[
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Base of each model's own frozen options (`Model.Config`)."""
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run a block under torch's random state of `seed`; the state outside is untouched."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 @dataclass(frozen=True)
@@ -61,8 +70,8 @@ class Model(nn.Module):
         self.network: nn.Module | None = None
 
     # -- models with gradient = False ------------------------------------------------------------
-    def fit(self, data: Dataset) -> Mapping[str, float]:
-        """Learn from `data.train` in closed form or by sweeps; returns what it measured."""
+    def fit(self, data: Dataset, *, seed: int = 0) -> Mapping[str, float]:
+        """Learn from the train split in closed form or by sweeps; returns what it measured."""
         raise NotImplementedError(f"{self.name} is trained by gradient")
 
     # -- models with gradient = True -------------------------------------------------------------
@@ -76,8 +85,18 @@ class Model(nn.Module):
         raise NotImplementedError(f"{self.name} is not trained by gradient")
 
     def loss(self, batch: Any) -> Tensor:
-        """Mean loss of one batch of `batches`, a scalar."""
+        """Loss of one batch of `batches`, a scalar: its mean over the ranks is the step's mean loss.
+
+        All of its randomness (dropout) comes from the batch, so a step can be repeated.
+        """
         raise NotImplementedError(f"{self.name} is not trained by gradient")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lies; what it returns lies there too."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            return tensor.device
+        return torch.device("cpu")
 
 
 class Retriever(Model):
@@ -103,7 +122,8 @@ class Retriever(Model):
         """Scores of all items, float32[B, N]. A model without vectors overrides this."""
         query_BKD = self.encode(histories)
         b, k, d = query_BKD.shape
-        return (query_BKD.reshape(b * k, d) @ self.item_vectors().T).view(b, k, -1).amax(dim=1)
+        items_ND = self.item_vectors()
+        return (query_BKD.reshape(b * k, d) @ items_ND.T).view(b, k, len(items_ND)).amax(dim=1)
 
 
 class Ranker(Model):
@@ -124,4 +144,4 @@ class Ranker(Model):
         """float32[B, C]; minus infinity where the candidate is PAD."""
         assert self.network is not None
         scores_BC: Tensor = self.network(*self.inputs(histories, candidates, context))
-        return scores_BC.masked_fill(torch.from_numpy(candidates) < 0, -torch.inf)
+        return scores_BC.masked_fill(torch.from_numpy(candidates < 0).to(scores_BC.device), -torch.inf)

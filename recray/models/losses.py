@@ -1,0 +1,85 @@
+"""Losses over next-item positions, each a small function that returns a scalar.
+
+Shapes: P positions, D dims, N items, S sampled negatives.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_LOGITS = 1 << 22  # logits in memory at a time
+
+
+class _FullSoftmax(torch.autograd.Function):
+    """Sum of cross-entropies over all items; gradients are made chunk by chunk in the forward pass,
+
+    so that the [P, N] logits never exist as a whole and are computed once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states_PD: Tensor, items_ND: Tensor, targets_P: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        grad_states = torch.empty_like(states_PD)
+        grad_items = torch.zeros_like(items_ND)
+        total = states_PD.new_zeros(())
+        chunk = max(1, _LOGITS // len(items_ND))
+        items = items_ND.to(dtype)
+        for start in range(0, len(states_PD), chunk):
+            part = slice(start, start + chunk)
+            states, targets = states_PD[part].to(dtype), targets_P[part].unsqueeze(1)
+            logits = (states @ items.T).float()
+            log_z = logits.logsumexp(1, keepdim=True)
+            total += (log_z - logits.gather(1, targets)).sum()
+            slope = logits.sub_(log_z).exp_()  # d loss / d logits = softmax - one hot
+            slope.scatter_add_(1, targets, slope.new_full(targets.shape, -1.0))
+            slope = slope.to(dtype)
+            grad_states[part] = (slope @ items).to(grad_states.dtype)
+            grad_items += (slope.T @ states).to(grad_items.dtype)
+        ctx.save_for_backward(grad_states, grad_items)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        grad_states, grad_items = ctx.saved_tensors
+        return grad_states * grads[0], grad_items * grads[0], None, None
+
+
+def full_softmax(states_PD: Tensor, items_ND: Tensor, targets_P: Tensor) -> Tensor:
+    """Summed cross-entropy of each position's target against the whole catalogue.
+
+    Under autocast the products run in its type, the log-sum-exp in float32.
+    """
+    kind = states_PD.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    summed: Tensor = _FullSoftmax.apply(states_PD.float(), items_ND, targets_P, dtype)  # type: ignore[no-untyped-call]
+    return summed
+
+
+def sampled_softmax(
+    positive_P: Tensor, negative_PS: Tensor, targets_P: Tensor, negatives_S: Tensor, log_q_S: Tensor
+) -> Tensor:
+    """Summed softmax loss against shared negatives with the log-Q correction.
+
+    The partition function is estimated by `exp(s_t) + sum_j exp(s_j) / (S q_j)` over the draws j that
+    are not the target; `log_q_S` is log(S q_j). It converges to the full softmax as S grows (Bengio
+    and Senecal 2008; Yi et al. 2019 for in-batch negatives).
+    """
+    corrected = (negative_PS - log_q_S).masked_fill(targets_P.unsqueeze(1) == negatives_S, -torch.inf)
+    log_z = torch.cat([positive_P.unsqueeze(1), corrected], dim=1).float().logsumexp(1)
+    return (log_z - positive_P).sum()
+
+
+def bce(positive_P: Tensor, negative_PS: Tensor, targets_P: Tensor, negatives_S: Tensor) -> Tensor:
+    """Summed binary cross-entropy, the negatives of a position weighing as much as its positive."""
+    wrong = nn.functional.softplus(negative_PS).masked_fill(targets_P.unsqueeze(1) == negatives_S, 0.0)
+    return nn.functional.softplus(-positive_P).sum() + wrong.mean(dim=1).sum()
+
+
+def bpr(positive_P: Tensor, negative_PS: Tensor, targets_P: Tensor, negatives_S: Tensor) -> Tensor:
+    """Summed Bayesian personalized ranking loss (Rendle et al. 2009), a mean over the negatives."""
+    gap = nn.functional.softplus(negative_PS - positive_P.unsqueeze(1))
+    return gap.masked_fill(targets_P.unsqueeze(1) == negatives_S, 0.0).mean(dim=1).sum()

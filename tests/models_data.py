@@ -1,0 +1,57 @@
+"""A small log in memory with a dataset's reading surface, for tests of models and batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from recray.data.sequences import Histories
+
+
+@dataclass(frozen=True)
+class Log:
+    """What the models read of `Dataset.interactions`."""
+
+    item_rows: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    context: dict[str, NDArray[np.int32]]
+
+
+@dataclass(frozen=True)
+class SmallData:
+    """Users who walk around a ring of items, `step` apart, with a little noise."""
+
+    n_items: int
+    train: Histories
+    context_sizes: dict[str, int] = field(default_factory=dict)
+    context: dict[str, NDArray[np.int32]] = field(default_factory=dict)
+
+    @property
+    def n_users(self) -> int:
+        return len(self.train)
+
+    def histories(self, split: str = "train", part: tuple[int, int] | None = None) -> Histories:
+        assert split == "train"
+        assert part is None
+        return self.train
+
+    def interactions(self, split: str = "train", part: tuple[int, int] | None = None) -> Log:
+        weights = self.train.weights if self.train.weights is not None else np.ones(len(self.train.items))
+        return Log(self.train.items, np.asarray(weights, np.float32), self.context)
+
+
+def ring(n_users: int = 60, n_items: int = 23, *, seed: int = 0, columns: tuple[str, ...] = ()) -> Any:
+    """User u starts anywhere and takes the next item of the ring; one in ten is any item."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(0, 30, n_users)
+    rows = []
+    for length in lengths:
+        walk = (rng.integers(n_items) + np.arange(length)) % n_items
+        noise = rng.random(length) < 0.1
+        rows.append(np.where(noise, rng.integers(0, n_items, length), walk).tolist())
+    made = Histories.of(rows)
+    context = {name: rng.integers(0, 5, len(made.items)).astype(np.int32) for name in columns}
+    return SmallData(n_items, made, dict.fromkeys(columns, 5), context)

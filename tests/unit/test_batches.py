@@ -1,0 +1,123 @@
+"""Windows and steps: every interaction trained on once an epoch, ranks in step, seeds that decide all."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recray.data.batches import Negatives, SequenceBatch, sequence_batches, steps, windows
+from recray.data.sequences import Histories
+
+users = st.lists(st.lists(st.integers(0, 9), max_size=12), max_size=12)
+
+
+def epoch(histories: Histories, **changes: object) -> list[SequenceBatch]:
+    settings = {"max_len": 4, "batch_size": 3, "epoch": 1, "seed": 5, **changes}
+    return list(sequence_batches(histories, 10, **settings))  # type: ignore[arg-type]
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=users, max_len=st.integers(1, 6))
+def test_windows_make_every_interaction_but_the_first_a_target_once(
+    rows: list[list[int]], max_len: int
+) -> None:
+    histories = Histories.of(rows)
+    starts, lengths = windows(histories, max_len)
+    found = Counter(int(t) for s, n in zip(starts, lengths) for t in range(s + 1, s + n))
+    firsts = set(histories.offsets[:-1].tolist())
+    assert found == Counter(t for t in range(len(histories.items)) if t not in firsts)
+    assert all(2 <= n <= max_len + 1 for n in lengths)
+    owner = np.repeat(np.arange(len(histories)), histories.lengths)
+    assert all(len(set(owner[s : s + n])) == 1 for s, n in zip(starts, lengths))
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=users, world=st.integers(1, 4), batch_size=st.integers(1, 5))
+def test_ranks_have_equally_many_batches_and_together_the_epoch(
+    rows: list[list[int]], world: int, batch_size: int
+) -> None:
+    histories = Histories.of(rows)
+    shares = [epoch(histories, rank=r, world=world, batch_size=batch_size) for r in range(world)]
+    alone = epoch(histories, batch_size=batch_size)
+    assert {len(share) for share in shares} == {len(alone)}
+    for number, whole in enumerate(alone):
+        together = np.concatenate([share[number].at[share[number].at >= 0] for share in shares])
+        assert set(together) == set(whole.at[whole.at >= 0])
+        if len(whole.lengths) >= world:
+            assert len(together) == (whole.at >= 0).sum()
+            assert sum(share[number].positions for share in shares) == pytest.approx(whole.positions)
+    seen = np.concatenate([[-1], *[batch.at.ravel() for batch in alone]])
+    targets = sum(max(len(row) - 1, 0) for row in rows)
+    assert len(set(seen[seen >= 0])) == (seen >= 0).sum() == targets
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=users)
+def test_targets_follow_inputs(rows: list[list[int]]) -> None:
+    histories = Histories.of(rows)
+    for batch in epoch(histories):
+        real = batch.targets >= 0
+        assert (real == (batch.inputs >= 0)).all()
+        assert (real.sum(1) == batch.lengths).all()
+        assert (batch.targets[real] == histories.items[batch.at[real]]).all()
+        assert (batch.inputs[real] == histories.items[batch.at[real] - 1]).all()
+        assert batch.positions == batch.lengths.sum()
+        assert batch.lengths.max() == batch.inputs.shape[1]  # padded to its own longest
+
+
+def same(a: list[SequenceBatch], b: list[SequenceBatch]) -> bool:
+    return len(a) == len(b) and all(
+        np.array_equal(getattr(x, name), getattr(y, name))
+        for x, y in zip(a, b)
+        for name in ("inputs", "targets", "negatives", "log_q", "seed")
+    )
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "popularity", "in-batch"])
+def test_the_seed_and_the_epoch_decide_a_batch(sampling: str) -> None:
+    rng = np.random.default_rng(0)
+    histories = Histories.of([rng.integers(0, 10, 9).tolist() for _ in range(20)])
+    how = Negatives(6, sampling)  # type: ignore[arg-type]
+    assert same(epoch(histories, negatives=how), epoch(histories, negatives=how))
+    assert not same(epoch(histories, negatives=how), epoch(histories, negatives=how, epoch=2))
+    assert not same(epoch(histories, negatives=how), epoch(histories, negatives=how, seed=6))
+    left, right = (epoch(histories, negatives=how, rank=r, world=2) for r in (0, 1))
+    assert [b.seed for b in left] != [b.seed for b in right]
+
+
+def test_steps_hold_windows_of_near_length() -> None:
+    lengths = np.random.default_rng(0).integers(1, 60, 640)
+    made = steps(lengths, 20, epoch=0, seed=0)
+    assert sorted(np.concatenate(made).tolist()) == list(range(640))
+    wasted = sum(len(step) * lengths[step].max() for step in made) / lengths.sum()
+    assert wasted < 1.05  # padding; unsorted it is about 1.9
+
+
+@pytest.mark.parametrize(
+    ("how", "want"),
+    [
+        (Negatives(40_000, "uniform"), [1 / 3, 1 / 3, 1 / 3]),
+        (Negatives(40_000, "popularity"), [0.8, 0.2, 0.0]),
+        (Negatives(40_000, "popularity", power=0.5), [2 / 3, 1 / 3, 0.0]),
+        (Negatives(40_000, "popularity", uniform_share=0.3), [0.66, 0.24, 0.1]),
+    ],
+)
+def test_negatives_follow_their_distribution_and_log_q_says_it(how: Negatives, want: list[float]) -> None:
+    histories = Histories.of([[0, 0, 0, 0, 1]] * 2)
+    (batch,) = sequence_batches(histories, 3, max_len=9, batch_size=9, epoch=0, seed=0, negatives=how)
+    drawn = np.bincount(batch.negatives, minlength=3) / how.count
+    np.testing.assert_allclose(drawn, want, atol=0.02)
+    expected = np.exp(batch.log_q) / how.count
+    np.testing.assert_allclose(expected, np.asarray(want)[batch.negatives], rtol=1e-5)
+
+
+def test_in_batch_negatives_are_targets_of_the_batch() -> None:
+    histories = Histories.of([[7, 1, 2], [8, 2, 3]])
+    (batch,) = epoch(histories, batch_size=9, negatives=Negatives(50, "in-batch"))
+    assert set(batch.negatives) == {1, 2, 3}
+    share = np.bincount(histories.items, minlength=10) / len(histories.items)
+    np.testing.assert_allclose(batch.log_q, np.log(50 * share[batch.negatives]), rtol=1e-5)

@@ -1,0 +1,131 @@
+"""NeuMF: trained on prefixes exactly as it is asked later; context counts; the graph agrees."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models_data import SmallData, ring
+
+from recray.data.sequences import Histories
+from recray.errors import ConfigError
+from recray.models import build_model
+from recray.models.base import Catalogue
+
+torch.set_num_threads(1)
+
+SMALL: dict[str, Any] = {"dim": 16, "max_len": 12, "hidden": (16,), "dropout": 0.0, "negatives": 32}
+
+
+def small(context: dict[str, int] | None = None, **changes: Any) -> Any:
+    return build_model("neumf", Catalogue(23, context or {}), {**SMALL, **changes}).eval()
+
+
+def trained(data: Any, epochs: int = 10, **changes: Any) -> Any:
+    model = small(data.context_sizes, **changes).train()
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for epoch in range(epochs):
+        for batch in model.batches(data, batch_size=32, epoch=epoch, seed=0, rank=0, world=1):
+            optimizer.zero_grad()
+            model.loss(batch).backward()
+            optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.parametrize("loss", ["sampled", "bce", "bpr"])
+def test_the_next_of_the_ring_is_learned(loss: str) -> None:
+    model = trained(ring(200), loss=loss)
+    asked = Histories.of([[(i + s) % 23 for i in range(5)] for s in range(23)])
+    everything = np.tile(np.arange(23), (23, 1))
+    scores = model.score(asked, everything)
+    above = (scores > scores[torch.arange(23), (torch.arange(23) + 5) % 23].unsqueeze(1)).sum(1)
+    assert above.float().mean() < 3  # of 22; by chance 11
+
+
+def test_training_pools_what_asking_pools() -> None:
+    model = small()
+    pool = model.network.pool_gmf
+    rows = [4, 9, 2, 7, 7]
+    x = model.tables["history_gmf"](torch.tensor([rows]))
+    with torch.inference_mode():
+        prefixes = pool.prefixes(x)
+        for t in range(5):
+            history, _, mask, *_ = model.inputs(Histories.of([rows[: t + 1]]), np.zeros((1, 1), np.int64))
+            torch.testing.assert_close(pool(history, mask), prefixes[:, t])
+
+
+def test_a_target_is_not_in_its_own_history() -> None:
+    model = small()
+    (batch, _), *_ = model.batches(
+        SmallData(23, Histories.of([[1, 2, 3]])), batch_size=4, epoch=0, seed=0, rank=0, world=1
+    )
+    model.loss((batch, np.zeros((1, 2, 0), np.int64))).backward()
+    touched = model.tables["history_gmf"].weight.grad.abs().sum(1) > 0
+    assert touched.nonzero().squeeze(1).tolist() == [1, 2]  # 3 is only ever a target
+
+
+def test_context_is_learned_and_unknown_values_are_answered() -> None:
+    rng = np.random.default_rng(0)
+    day = rng.integers(1, 4, 3000).astype(np.int32)
+    items = np.where(rng.random(3000) < 0.9, day * 5, rng.integers(0, 23, 3000)).astype(np.int32)
+    histories = Histories(items, np.arange(0, 3001, 10, dtype=np.int64))
+    model = trained(SmallData(23, histories, {"day": 4}, {"day": day}))
+    asked, everything = Histories.of([[1, 2]] * 5), np.tile(np.arange(23), (5, 1))
+    found = model.score(asked, everything, {"day": np.int32([1, 2, 3, 0, 99])})
+    assert found.argmax(1)[:3].tolist() == [5, 10, 15]
+    torch.testing.assert_close(found[3], found[4])  # a value it never saw is unknown
+    torch.testing.assert_close(found[3], model.score(asked, everything)[0])
+
+
+def test_columns_keep_their_tables_in_any_order() -> None:
+    left, right = small({"b.c": 3, "a b": 4}), small({"a b": 4, "b.c": 3})
+    right.load_state_dict(left.state_dict())
+    given = {"b.c": np.int32([2]), "a b": np.int32([3])}
+    one, all_items = Histories.of([[1]]), np.arange(23)[None]
+    torch.testing.assert_close(left.score(one, all_items, given), right.score(one, all_items, given))
+
+
+@pytest.mark.parametrize("changes", [{"dim": 6}, {"hidden": ()}, {"negatives": 0}], ids=str)
+def test_numbers_that_make_no_model_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        small(**changes)
+
+
+@pytest.mark.parametrize("context", [{}, {"day": 4}], ids=["plain", "context"])
+def test_the_graph_agrees_for_any_batch_length_and_candidates(
+    context: dict[str, int], tmp_path: Path
+) -> None:
+    import onnxruntime
+
+    model = small(context)
+    sizes = [torch.export.Dim(name, min=1, max=top) for name, top in (("b", 4096), ("l", 12), ("c", 10**6))]
+    b, length, c = sizes
+    shapes = (
+        {0: b, 1: length},
+        {0: b, 1: length},
+        {0: b, 1: length},
+        {0: b, 1: c},
+        {0: b, 1: c},
+        {0: b},
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own
+        example = model.inputs(Histories.of([[1, 2, 3], [4, 5]]), np.arange(8).reshape(2, 4))
+        names = ["history_gmf", "history_mlp", "mask", "item_gmf", "item_mlp", "context"]
+        graph = torch.onnx.export(
+            model.network, example, dynamo=True, dynamic_shapes=shapes, input_names=names, verbose=False
+        )
+    assert graph is not None
+    graph.save(tmp_path / "graph.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "graph.onnx")
+    wanted = {a.name for a in session.get_inputs()}
+    for rows, count in (([[1]], 1), ([[]], 5), ([list(range(20)), [3]], 7)):
+        candidates = np.random.default_rng(0).integers(0, 23, (len(rows), count))
+        inputs = model.inputs(Histories.of(rows), candidates)
+        fed = {name: t.detach().numpy() for name, t in zip(names, inputs) if name in wanted}
+        ours = model.score(Histories.of(rows), candidates).numpy()
+        np.testing.assert_allclose(session.run(None, fed)[0], ours, atol=1e-4)
