@@ -1,1 +1,1 @@
-
+"""Smaller forms of what was trained: codecs for tables, graphs for networks."""

@@ -1,1 +1,1 @@
-
+"""Indexes: item vectors that can be searched, exactly or nearly, with filters that always hold."""

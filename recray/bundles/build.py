@@ -1,0 +1,169 @@
+"""Build a bundle: encode, export, index, and put beside it what a replica must know of the data."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from recray import config
+from recray.bundles.bundle import Bundle, item_table, open_bundle
+from recray.bundles.plan import Plan
+from recray.bundles.stage import read_stage, write_stage
+from recray.columns import SPLITS
+from recray.data.dataset import Dataset
+from recray.data.sequences import Histories, append
+from recray.errors import ConfigError
+from recray.manifest import Artefact, digest, write_artefact
+from recray.models.base import Model, Ranker, Retriever
+from recray.models.saved import load_model
+from recray.retrieval.index import build_index, index_params
+from recray.storage import Place
+
+
+def build(
+    out: str | os.PathLike[str] | Place,
+    retriever_ckpt: Artefact,
+    ranker_ckpt: Artefact | None,
+    dataset: Dataset,
+    plan: Plan | None = None,
+    *,
+    pieces: Path | None = None,
+) -> Bundle:
+    """Write the bundle of these checkpoints by `plan` (default: nothing compressed) and open it.
+
+    pieces: a folder where encoded models and indexes are kept, so that plans which share one make
+    it once. Raises ConfigError for models that do not fit the plan, the dataset or each other, and
+    GraphError for a network that has no graph.
+    """
+    plan = plan or Plan()
+    retriever = _stage_of(retriever_ckpt, Retriever, "retriever")
+    ranker = None if ranker_ckpt is None else _stage_of(ranker_ckpt, Ranker, "ranker")
+    for model, checkpoint in ((retriever, retriever_ckpt), (ranker, ranker_ckpt)):
+        if model is not None and checkpoint is not None and model.n_items != dataset.n_items:
+            raise ConfigError(
+                f"knows {model.n_items} items and the dataset has {dataset.n_items}",
+                where=checkpoint.place,
+                fix="give the dataset it was trained on",
+            )
+    plan.check(retriever, ranker)
+
+    def fill(folder: Path) -> Mapping[str, Any]:
+        measured = {"retriever": _retriever(folder, retriever, retriever_ckpt, plan, pieces)}
+        if ranker is not None and ranker_ckpt is not None:
+            measured["ranker"] = _ranker(folder, ranker, ranker_ckpt, plan, pieces)
+        _data(folder, dataset)
+        sizes = {part: _weight(folder / part) for part in ("retriever", "ranker", "index")}
+        return {"bytes": sizes, "model_bytes": sum(sizes.values()), "graphs": measured}
+
+    parents = {"dataset": dataset.artefact, "checkpoint": retriever_ckpt}
+    if ranker_ckpt is not None:
+        parents["ranker"] = ranker_ckpt
+    names = {"retriever": retriever.name, "ranker": None if ranker is None else ranker.name}
+    artefact = write_artefact(
+        out, "bundle", fill, parents=parents, recipe={"plan": config.as_dict(plan), "models": names}
+    )
+    return open_bundle(artefact.place)
+
+
+def known_histories(dataset: Dataset) -> Histories:
+    """Everything that is known of each user: training, validation and test, oldest first."""
+    made: Histories | None = None
+    for split in SPLITS:
+        if dataset.has_split(split):
+            more = dataset.histories(split)
+            made = more if made is None else append(made, more)
+    assert made is not None
+    return made
+
+
+def _stage_of(checkpoint: Artefact, cls: type[Any], stage: str) -> Any:
+    model = load_model(checkpoint)
+    if not isinstance(model, cls):
+        raise ConfigError(f"{model.name} is not a {stage}", where=checkpoint.place)
+    return model
+
+
+def _retriever(
+    folder: Path, retriever: Retriever, checkpoint: Artefact, plan: Plan, pieces: Path | None
+) -> Mapping[str, Any]:
+    what = {"of": checkpoint.hash, "codec": plan.retriever_codec, "graph": plan.encoder_graph}
+    measured = _piece(folder / "retriever", pieces, what, _writer(retriever, what, pieces))
+
+    def write_index(goal: Path) -> Mapping[str, Any]:
+        goal.mkdir()
+        if retriever.has_vectors:
+            coded = read_stage(folder / "retriever")
+            assert isinstance(coded, Retriever)
+            build_index(plan.index, item_table(coded), plan.index_params).save(goal)
+        return {}
+
+    params = config.as_dict(index_params(plan.index, plan.index_params))
+    key = {"of": checkpoint.hash, "codec": plan.retriever_codec, "index": plan.index, "params": params}
+    _piece(folder / "index", pieces, key, write_index)
+    return measured
+
+
+def _ranker(
+    folder: Path, ranker: Ranker, checkpoint: Artefact, plan: Plan, pieces: Path | None
+) -> Mapping[str, Any]:
+    what = {"of": checkpoint.hash, "codec": plan.ranker_codec, "graph": plan.ranker_graph}
+    return _piece(folder / "ranker", pieces, what, _writer(ranker, what, pieces))
+
+
+def _writer(
+    model: Model, what: Mapping[str, Any], pieces: Path | None
+) -> Callable[[Path], Mapping[str, Any]]:
+    exported = None if pieces is None else pieces / f"{what['of'][:24]}.onnx"
+    return lambda goal: write_stage(goal, model, what["codec"], what["graph"], exported=exported)
+
+
+def _piece(
+    goal: Path, pieces: Path | None, what: Mapping[str, Any], write: Callable[[Path], Mapping[str, Any]]
+) -> Mapping[str, Any]:
+    """Let `write` fill the folder `goal`, or copy it from `pieces` where the same was made before."""
+    if pieces is None:
+        return write(goal)
+    kept = pieces / digest({"part": goal.name, **what})[:24]
+    if kept.is_dir():
+        shutil.copytree(kept / "files", goal)
+        found: Mapping[str, Any] = json.loads((kept / "measured.json").read_text())
+        return found
+    pieces.mkdir(parents=True, exist_ok=True)
+    measured = write(goal)
+    aside = Path(tempfile.mkdtemp(prefix=".piece.", dir=pieces))
+    shutil.copytree(goal, aside / "files")
+    (aside / "measured.json").write_text(json.dumps(measured))
+    try:
+        aside.rename(kept)
+    except OSError:  # another process kept the same piece first
+        shutil.rmtree(aside)
+    return measured
+
+
+def _data(folder: Path, dataset: Dataset) -> None:
+    (folder / "histories").mkdir()
+    dataset.items.save(folder / "ids" / "items.parquet")
+    dataset.users.save(folder / "ids" / "users.parquet")
+    known = known_histories(dataset)
+    for name in ("items", "offsets", "weights", "times"):
+        array = getattr(known, name)
+        if array is not None:
+            np.save(folder / "histories" / f"{name}.npy", array, allow_pickle=False)
+    if dataset.item_features is not None:
+        pq.write_table(dataset.item_features, folder / "items.parquet", compression="zstd")
+    context = {column: list(values) for column, values in dataset.context_values.items()}
+    (folder / "context.json").write_text(json.dumps(context))
+    counts = np.bincount(dataset.histories("train").items, minlength=dataset.n_items)
+    np.save(folder / "popularity.npy", counts.astype(np.float32), allow_pickle=False)
+
+
+def _weight(folder: Path) -> int:
+    return sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())

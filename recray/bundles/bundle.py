@@ -1,0 +1,287 @@
+"""A bundle: everything a replica needs to answer, in one immutable folder.
+
+ids/items.parquet ids/users.parquet · histories/*.npy of the known users · items.parquet features ·
+context.json · popularity.npy · retriever/ ranker/ (see `bundles/stage.py`) · index/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from recray import config
+from recray.bundles.answer import Answer, Item, Request
+from recray.bundles.filters import Filters
+from recray.bundles.plan import Plan
+from recray.bundles.stage import read_stage
+from recray.data.ids import Ids
+from recray.data.sequences import Histories
+from recray.errors import ArtefactError, InputError
+from recray.manifest import Artefact, open_artefact
+from recray.models.base import Ranker, Retriever
+from recray.models.embeddings import DenseTable, Table
+from recray.recommender import Ranked, Recommender
+from recray.retrieval.index import Index, index_class, index_params
+from recray.storage import Place
+
+__all__ = ["Answer", "Bundle", "Front", "Item", "Request", "open_bundle", "open_front"]
+
+Made = TypeVar("Made")
+
+WEIGHED = ("retriever/", "ranker/", "index/")  # what `model_bytes` counts
+
+
+@dataclass(frozen=True, eq=False)
+class Front:
+    """A bundle without its models: checks what is asked, and turns ids into rows and rows into ids.
+
+    Nothing in it changes, so one serves many threads.
+    """
+
+    artefact: Artefact
+    plan: Plan
+    items: Ids
+    users: Ids
+    histories: Histories  # of `users`, all that was known when the bundle was built
+    item_features: pa.Table | None  # row i = item row i
+    context_values: Mapping[str, Sequence[str]]  # column -> values, row 0 = unknown
+    filters: Filters = field(repr=False)
+
+    @property
+    def generation(self) -> str:
+        """Names this bundle's content: the first 12 letters of its hash."""
+        return self.artefact.hash[:12]
+
+    @property
+    def model_bytes(self) -> int:
+        """Bytes of the files that hold weights, tables, graphs and the index.
+
+        Ids, histories, item features and popularity do not count: they are data, not model, and no
+        compression of a model changes them.
+        """
+        files = self.artefact.manifest.files
+        return sum(int(entry["bytes"]) for name, entry in files.items() if name.startswith(WEIGHED))
+
+    def request(
+        self,
+        user: str | None = None,
+        history: Sequence[str] | None = None,
+        k: int = 10,
+        exclude: Sequence[str] = (),
+        filter: Mapping[str, Any] | None = None,
+        context: Mapping[str, Any] | None = None,
+        *,
+        exclude_seen: bool = True,
+    ) -> Request:
+        """Check what was asked and turn its ids into rows. Raises InputError."""
+        degraded: tuple[str, ...] = ()
+        if history is not None:
+            rows = self.items.rows_of(_ids("history", history))
+            if len(rows) and (rows < 0).all():
+                degraded = ("unknown history",)
+        elif user is not None:
+            at = int(self.users.rows_of([_id("user", user)])[0])
+            rows = self.histories[at] if at >= 0 else np.empty(0, np.int32)
+            if at < 0:
+                degraded = ("unknown user",)
+        else:
+            rows = np.empty(0, np.int32)
+        rows = np.asarray(rows[rows >= 0], np.int32)
+        barred = self.items.rows_of(_ids("exclude", exclude))
+        barred = np.unique(np.concatenate([barred[barred >= 0], rows if exclude_seen else rows[:0]]))
+        return Request(
+            history=rows,
+            exclude=barred.astype(np.int32),
+            k=self._count(k),
+            filter=self.filters.checked(filter),
+            context=self._context(context),
+            degraded=degraded,
+        )
+
+    def allowed(self, request: Request) -> NDArray[np.bool_] | None:
+        """The items that the request's filter leaves, bool[N], or None without a filter."""
+        return self.filters.mask(request.filter)
+
+    def context(self, request: Request) -> dict[str, NDArray[np.int32]]:
+        """The request's circumstances as a ranker takes them, a batch of one."""
+        return {name: np.array([row], np.int32) for name, row in request.context.items()}
+
+    def answer(self, request: Request, ranked: Ranked, at: int = 0) -> Answer:
+        """Line `at` of what was ranked, as ids."""
+        rows = ranked.rows[at]
+        kept = rows >= 0
+        names, scores = self.items.ids_of(rows[kept]), ranked.scores[at][kept].tolist()
+        source = ranked.sources[at]
+        items = [Item(name, score, source) for name, score in zip(names, scores)]
+        return Answer(items[: request.k], self.generation, list(request.degraded))
+
+    def _count(self, k: Any) -> int:
+        if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
+            raise InputError(f"k is {k!r:.80}", fix="give a whole number from 1")
+        return min(int(k), len(self.items))
+
+    def _context(self, given: Any) -> dict[str, int]:
+        if given is None:
+            given = {}
+        if not isinstance(given, Mapping):
+            raise InputError(f"context is {given!r:.80}", fix='write {"column": "value"}')
+        known = self.context_values
+        for column in given:
+            if column not in known:
+                fix = f"choose of {', '.join(known)}" if known else "this bundle has no context columns"
+                raise InputError(f"unknown context column {column!r:.80}", fix=fix)
+        return {
+            column: values.index(text) if (text := str(given.get(column, ""))) in values else 0
+            for column, values in known.items()
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle(Front):
+    """An opened bundle: the front and the models behind it."""
+
+    recommender: Recommender
+
+    def recommend(
+        self,
+        user: str | None = None,
+        history: Sequence[str] | None = None,
+        k: int = 10,
+        exclude: Sequence[str] = (),
+        filter: Mapping[str, Any] | None = None,
+        context: Mapping[str, Any] | None = None,
+        *,
+        exclude_seen: bool = True,
+    ) -> Answer:
+        """The k best items for a user, or for a history of item ids, oldest first.
+
+        A given history replaces the one that is known of the user. Nobody, an unknown user and a
+        history of unknown items get the most popular items. `exclude` names items not to show,
+        `filter` features they must have, `context` the circumstances the ranker knows. Fewer than k
+        items come back when no more are left. Raises InputError.
+        """
+        asked = self.request(user, history, k, exclude, filter, context, exclude_seen=exclude_seen)
+        return self.answer(asked, self.recommender.recommend(**self.arguments(asked)))
+
+    def arguments(self, request: Request) -> dict[str, Any]:
+        """The request as the arguments of `Recommender.recommend`, a batch of one."""
+        return {
+            "histories": Histories.of([request.history]),
+            "k": request.k,
+            "exclude": Histories.of([request.exclude]),
+            "allowed": self.allowed(request),
+            "context": self.context(request),
+        }
+
+    def similar(self, item: str, k: int = 10, filter: Mapping[str, Any] | None = None) -> Answer:
+        """The k items nearest to one. Raises InputError for an unknown item."""
+        row = int(self.items.rows_of([_id("item", item)])[0])
+        if row < 0:
+            raise InputError(f"unknown item {item!r:.80}")
+        mask = self.filters.mask(self.filters.checked(filter))
+        ranked = self.recommender.similar(row, self._count(k), mask)
+        empty = np.empty(0, np.int32)
+        return self.answer(Request(empty, empty, self._count(k), {}, {}), ranked)
+
+
+def open_bundle(uri: str | os.PathLike[str] | Place, *, threads: int | None = None) -> Bundle:
+    """Open a bundle, every file's hash checked. Raises ArtefactError.
+
+    threads: of one call of an ONNX graph; by default those of torch in this process.
+    """
+    return _opened(uri, lambda artefact, folder: _read(artefact, folder, threads))
+
+
+def open_front(uri: str | os.PathLike[str] | Place) -> Front:
+    """Open a bundle without its models, every file's hash checked all the same. Raises ArtefactError."""
+    return _opened(uri, _front)
+
+
+def _opened(uri: str | os.PathLike[str] | Place, read: Callable[[Artefact, Path], Made]) -> Made:
+    artefact = open_artefact(uri, "bundle")
+    with artefact.local() as folder:
+        try:
+            return read(artefact, folder)
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+            if isinstance(error, InputError):
+                raise
+            raise ArtefactError(f"is not a bundle we can read ({error})", where=artefact.place) from None
+
+
+def read_index(folder: Path, retriever: Retriever, plan: Plan) -> Index | None:
+    """The index of a bundle's folder over the retriever's table; None for one without vectors."""
+    if not retriever.has_vectors:
+        return None
+    params = index_params(plan.index, plan.index_params)
+    return index_class(plan.index).load(folder, item_table(retriever), params)
+
+
+def item_table(retriever: Retriever) -> Table:
+    """The table of item vectors: the encoded one where it is the vectors, else a table of them."""
+    if "item" in retriever.tables and type(retriever).item_vectors is Retriever.item_vectors:
+        table = retriever.tables["item"]
+        assert isinstance(table, Table)
+        return table
+    return DenseTable.of(retriever.item_vectors())
+
+
+def _read(artefact: Artefact, folder: Path, threads: int | None) -> Bundle:
+    front = _front(artefact, folder)
+    retriever = read_stage(folder / "retriever", threads=threads)
+    ranker = read_stage(folder / "ranker", threads=threads) if (folder / "ranker").is_dir() else None
+    assert isinstance(retriever, Retriever)
+    assert ranker is None or isinstance(ranker, Ranker)
+    recommender = Recommender(
+        retriever,
+        read_index(folder / "index", retriever, front.plan),
+        ranker,
+        front.plan.candidates,
+        popularity=np.load(folder / "popularity.npy", allow_pickle=False),
+        blend=front.plan.blend,
+    )
+    return Bundle(
+        **{name: getattr(front, name) for name in Front.__dataclass_fields__}, recommender=recommender
+    )
+
+
+def _front(artefact: Artefact, folder: Path) -> Front:
+    items = Ids.load(folder / "ids" / "items.parquet")
+    features = pq.read_table(folder / "items.parquet") if (folder / "items.parquet").exists() else None
+    return Front(
+        artefact=artefact,
+        plan=config.build(Plan, artefact.manifest.recipe["plan"], where="plan"),
+        items=items,
+        users=Ids.load(folder / "ids" / "users.parquet"),
+        histories=_histories(folder / "histories"),
+        item_features=features,
+        context_values=json.loads((folder / "context.json").read_bytes()),
+        filters=Filters(features, len(items)),
+    )
+
+
+def _histories(folder: Path) -> Histories:
+    """Mapped, not read: a request touches the pages of its user."""
+    arrays = {p.stem: np.load(p, mmap_mode="r", allow_pickle=False) for p in folder.glob("*.npy")}
+    return Histories(arrays["items"], arrays["offsets"], arrays.get("weights"), arrays.get("times"))
+
+
+def _id(what: str, value: Any) -> str:
+    """An id as text; numbers are taken as they are written."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, np.integer)):
+        raise InputError(f"{what} {value!r:.80} is not an id", fix="give text")
+    return str(value)
+
+
+def _ids(what: str, values: Any) -> list[str]:
+    if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__iter__"):
+        raise InputError(f"{what} is {values!r:.80}", fix="give a list of item ids")
+    return [_id(what, value) for value in values]

@@ -1,0 +1,134 @@
+"""Answers for many users at once: chunks of ids in, one Parquet file out, in the order of the ids.
+
+recommendations.parquet: user (string), place (int32, from 1), item (string), score (float32), source
+(string); a user has at most k lines.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from recray.bundles.bundle import Bundle, open_bundle
+from recray.data.sequences import Histories
+from recray.errors import ArtefactError, InputError
+from recray.manifest import Artefact, write_artefact
+from recray.progress import bar
+from recray.storage import Place, place
+
+CHUNK = 2048  # users answered together; a task of a cluster
+FILE = "recommendations.parquet"
+SCHEMA = pa.schema(
+    {
+        "user": pa.string(),
+        "place": pa.int32(),
+        "item": pa.string(),
+        "score": pa.float32(),
+        "source": pa.dictionary(pa.int8(), pa.string()),
+    }
+)
+
+Chunk = list[str]
+BlockMap = Callable[[Callable[[Chunk], pa.Table], Iterable[Chunk]], Iterator[pa.Table]]
+"""Applies a function to chunks, here or on a cluster, and gives the results in order."""
+
+
+def recommend_many(
+    bundle: Bundle,
+    users: str | os.PathLike[str] | Sequence[str],
+    *,
+    k: int,
+    out: Place,
+    block_map: BlockMap = map,
+) -> Artefact:
+    """Leave a "recommendations" artefact with the k best items of each user, what they know left out.
+
+    users: ids, or a file of them (see `read_users`); one that comes twice is answered once. A user
+    nobody knows gets what is popular, and is counted in the report. Raises InputError.
+    """
+    ids = read_users(users) if isinstance(users, (str, os.PathLike)) else [str(user) for user in users]
+    ids = list(dict.fromkeys(ids))
+    if not ids:
+        raise InputError("no user is named", where=users if isinstance(users, str) else None)
+    k = min(bundle.request(k=k).k, len(bundle.items))
+    answer = partial(_answer_at, bundle.artefact.place.uri, bundle.generation, k)
+    if block_map is map:
+        answer = partial(answer_chunk, bundle, k)
+
+    def fill(folder: Path) -> Mapping[str, Any]:
+        chunks = (ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK))
+        lines = 0
+        with (
+            bar("recommending", len(ids), "user") as said,
+            pq.ParquetWriter(folder / FILE, SCHEMA) as file,
+        ):
+            for start, table in zip(range(0, len(ids), CHUNK), block_map(answer, chunks)):
+                file.write_table(table)
+                lines += len(table)
+                said.update(min(CHUNK, len(ids) - start))
+        unknown = int((bundle.users.rows_of(ids) < 0).sum())
+        return {"users": len(ids), "unknown_users": unknown, "rows": lines}
+
+    recipe = {"k": k, "exclude_seen": True}
+    return write_artefact(out, "recommendations", fill, parents={"bundle": bundle.artefact}, recipe=recipe)
+
+
+def answer_chunk(bundle: Bundle, k: int, ids: Chunk) -> pa.Table:
+    """The answers to a few users as a table of SCHEMA; the same as `Bundle.recommend` one by one."""
+    rows = bundle.users.rows_of(ids)
+    empty = np.empty(0, np.int32)
+    histories = Histories.of([bundle.histories[row] if row >= 0 else empty for row in rows.tolist()])
+    unknown = {name: np.zeros(len(ids), np.int32) for name in bundle.context_values}
+    ranked = bundle.recommender.recommend(histories, k, exclude=histories, allowed=None, context=unknown)
+    kept = ranked.rows >= 0
+    user, position = np.nonzero(kept)
+    columns = [
+        pa.array(ids, pa.string()).take(pa.array(user)),
+        pa.array(position + 1, pa.int32()),
+        pa.array(bundle.items.ids_of(ranked.rows[kept]), pa.string()),
+        pa.array(ranked.scores[kept], pa.float32()),
+        pa.array(np.asarray(ranked.sources)[user], pa.string())
+        .dictionary_encode()
+        .cast(SCHEMA.field("source").type),
+    ]
+    return pa.table(columns, schema=SCHEMA)
+
+
+def read_users(path: str | os.PathLike[str]) -> Chunk:
+    """Ids from a text file with one a line, or from the column `user` (or the only one) of a Parquet file.
+
+    Raises InputError for a file that cannot be read so.
+    """
+    where = place(path)
+    try:
+        if where.path.endswith(".parquet"):
+            with where.open() as file:
+                table = pq.read_table(file)
+            name = "user" if "user" in table.column_names else table.column_names[0]
+            if name != "user" and table.num_columns > 1:
+                raise InputError("has no column 'user'", where=where)
+            return [str(value) for value in table[name].drop_null().to_pylist()]
+        lines = where.read_bytes().decode("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise InputError(f"cannot be read as user ids ({error})", where=where) from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+@lru_cache(maxsize=1)
+def _opened(uri: str) -> Bundle:
+    return open_bundle(uri, threads=1)
+
+
+def _answer_at(uri: str, generation: str, k: int, ids: Chunk) -> pa.Table:
+    """`answer_chunk` on a machine that opens the bundle itself, once a process."""
+    bundle = _opened(uri)
+    if bundle.generation != generation:
+        raise ArtefactError("was replaced while it was in use", where=uri)
+    return answer_chunk(bundle, k, ids)

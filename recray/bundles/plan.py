@@ -1,0 +1,80 @@
+"""What a bundle is built with: the codec of each table, the graph of each network, the index."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from recray.compression.codec import CODECS, codec_named
+from recray.errors import ConfigError
+from recray.models.base import Model, Ranker, Retriever
+from recray.retrieval.index import INDEXES, index_params
+
+Graph = Literal["eager", "onnx", "onnx-int8"]
+GRAPHS: tuple[Graph, ...] = get_args(Graph)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One way to pack a retriever and maybe a ranker. `Plan()` compresses nothing.
+
+    retriever_codec, ranker_codec: how tables are stored (`recray.compression.codec.CODECS`).
+    encoder_graph, ranker_graph: what runs the networks; onnx-int8 quantizes matrix products.
+    index, index_params: how item vectors are searched (`recray.retrieval.index.INDEXES`).
+    candidates: how many items the retriever gives the ranker.
+    blend: the retriever's share in the final score (see `Recommender.rank`), 0 = the ranker's alone.
+    """
+
+    retriever_codec: str = "f32"
+    ranker_codec: str = "f32"
+    encoder_graph: Graph = "eager"
+    ranker_graph: Graph = "eager"
+    index: str = "exact"
+    index_params: Mapping[str, Any] = field(default_factory=dict)
+    candidates: int = 200
+    blend: float = 0.5
+
+    def __post_init__(self) -> None:
+        for codec in (self.retriever_codec, self.ranker_codec):
+            codec_named(codec)
+        for graph in (self.encoder_graph, self.ranker_graph):
+            if graph not in GRAPHS:
+                raise ConfigError(f"unknown graph {graph!r}", fix=f"choose one of {', '.join(GRAPHS)}")
+        index_params(self.index, self.index_params)
+        if self.candidates < 1:
+            raise ConfigError(f"candidates is {self.candidates}", fix="it must be at least 1")
+        if not 0 <= self.blend <= 1:
+            raise ConfigError(f"blend is {self.blend}", fix="it must be within 0 and 1")
+
+    def check(self, retriever: Retriever, ranker: Ranker | None) -> None:
+        """Raise ConfigError where this plan asks for what these models do not have."""
+        allowed = choices(retriever, ranker)
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                stage = "ranker" if name.startswith("ranker") else "retriever"
+                model = ranker if stage == "ranker" else retriever
+                whose = f"the {stage} {model.name}" if model is not None else f"no {stage} and it"
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r} but {whose} has nothing it applies to",
+                    fix=f"choose {' or '.join(values)}",
+                )
+
+
+def choices(retriever: Retriever, ranker: Ranker | None) -> dict[str, tuple[str, ...]]:
+    """The values of each plan field that mean something for these models; one value = no choice."""
+    return {
+        "retriever_codec": _codecs(retriever),
+        "ranker_codec": _codecs(ranker),
+        "encoder_graph": _graphs(retriever),
+        "ranker_graph": _graphs(ranker),
+        "index": tuple(INDEXES) if retriever.has_vectors else ("exact",),
+    }
+
+
+def _codecs(model: Model | None) -> tuple[str, ...]:
+    return tuple(CODECS) if model is not None and len(model.tables) else ("f32",)
+
+
+def _graphs(model: Model | None) -> tuple[Graph, ...]:
+    return GRAPHS if model is not None and model.network is not None else ("eager",)

@@ -1,0 +1,140 @@
+"""Tables in fewer bits: a codec turns float32[N, D] into a few arrays and any of its rows back.
+
+Codecs store each row on its own, so that a request decodes the rows it reads and no others.
+Shapes: N rows of D floats, R of them asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from recray import config
+from recray.errors import ArtefactError, InputError
+from recray.models.embeddings import Table
+
+CODECS = {  # name -> module:class, imported when asked for
+    "f32": "recray.compression.f32:F32",
+    "f16": "recray.compression.f16:F16",
+    "int8": "recray.compression.int8:Int8",
+    "int4": "recray.compression.int4:Int4",
+}
+
+Arrays = Mapping[str, Tensor]
+
+
+class Codec(ABC):
+    """How one table is stored. Stateless: what a table needs lies in its arrays."""
+
+    name: ClassVar[str]
+    largest: ClassVar[float]  # the greatest magnitude that can be stored
+
+    @abstractmethod
+    def encode(self, table_ND: Tensor) -> dict[str, Tensor]:
+        """The arrays of a finite float32[N, D] (see `encode_table`, which checks it)."""
+
+    @abstractmethod
+    def decode(self, arrays: Arrays, rows_R: Tensor | None, dim: int) -> Tensor:
+        """float32[R, D] of the rows int64[R] (all of them >= 0), or of every row."""
+
+    @abstractmethod
+    def bytes_of(self, num_rows: int, dim: int) -> int:
+        """Bytes of the arrays of such a table, exact."""
+
+    @abstractmethod
+    def error_bound(self, table_ND: Tensor) -> Tensor:
+        """A bound on |decoded - table| for each element, broadcastable to float32[N, D]."""
+
+
+def codec_named(name: str) -> Codec:
+    """The codec of that name; an unknown one raises ConfigError naming the nearest."""
+    if name not in CODECS:
+        raise config.unknown_name("codec", name, CODECS)
+    module, _, attribute = CODECS[name].partition(":")
+    found: Codec = getattr(importlib.import_module(module), attribute)()
+    return found
+
+
+class CodedTable(Table):
+    """A table whose rows stay encoded; `forward` decodes only what it is asked for."""
+
+    def __init__(self, codec: Codec, arrays: Arrays, num_rows: int, dim: int) -> None:
+        super().__init__()
+        self.codec, self.num_rows, self.dim = codec, num_rows, dim
+        self._names = tuple(arrays)
+        for name, array in arrays.items():
+            self.register_buffer(name, array)
+
+    @property
+    def arrays(self) -> dict[str, Tensor]:
+        held = self._buffers  # read at every request: not by walking the module
+        return {name: array for name in self._names if (array := held[name]) is not None}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the arrays; a saved file adds its header of a few hundred."""
+        return sum(a.numel() * a.element_size() for a in self.arrays.values())
+
+    def forward(self, rows: Tensor) -> Tensor:
+        flat_R = rows.reshape(-1)
+        if self.num_rows == 0:
+            return torch.zeros(*rows.shape, self.dim)
+        found_RD = self.codec.decode(self.arrays, flat_R.clamp(min=0), self.dim)
+        found_RD.masked_fill_((flat_R < 0).unsqueeze(-1), 0.0)
+        return found_RD.view(*rows.shape, self.dim)
+
+    def dense(self) -> Tensor:
+        return self.codec.decode(self.arrays, None, self.dim)
+
+    def save(self, path: Path) -> None:
+        """One safetensors file, the codec's name and the table's shape in its header."""
+        about = {"codec": self.codec.name, "rows": str(self.num_rows), "dim": str(self.dim)}
+        save_file({name: a.contiguous() for name, a in self.arrays.items()}, path, metadata=about)
+
+    @staticmethod
+    def load(path: Path) -> CodedTable:
+        """What `save` wrote; anything else raises ArtefactError."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            codec, num_rows, dim = codec_named(about["codec"]), int(about["rows"]), int(about["dim"])
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            raise ArtefactError(f"is not an encoded table ({error})", where=path) from None
+        made = CodedTable(codec, arrays, num_rows, dim)
+        if made.nbytes != codec.bytes_of(num_rows, dim):
+            raise ArtefactError(f"does not hold {num_rows} rows of {dim} as {codec.name}", where=path)
+        return made
+
+
+def encode_table(codec: str | Codec, table_ND: Tensor) -> CodedTable:
+    """Encode float32[N, D]. A value that is not finite or too large for the codec raises InputError."""
+    made = codec_named(codec) if isinstance(codec, str) else codec
+    table_ND = table_ND.detach().float().contiguous()
+    if table_ND.ndim != 2:
+        raise ValueError(f"a table has two dimensions, not {tuple(table_ND.shape)}")
+    if table_ND.numel():
+        low, high = torch.aminmax(table_ND)
+        bad = ~torch.isfinite(table_ND).all(dim=1) if not torch.isfinite(high - low) else None
+        if bad is not None and bool(bad.any()):
+            row = int(bad.nonzero()[0])
+            raise InputError(f"row {row} of the table is not finite", fix="train with a smaller train.lr")
+        peak = float(torch.maximum(high, -low))
+        if peak > made.largest:
+            raise InputError(
+                f"a table value of {peak:.3g} is too large for {made.name}", fix="choose another codec"
+            )
+    return CodedTable(made, made.encode(table_ND), *table_ND.shape)
+
+
+def picked(array: Tensor, rows_R: Tensor | None) -> Tensor:
+    """The asked rows of a per-row array, or all."""
+    return array if rows_R is None else array.index_select(0, rows_R)

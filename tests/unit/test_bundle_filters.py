@@ -1,0 +1,88 @@
+"""Filters: every kind of column, the recent masks kept and no more."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from recray.bundles import filters
+from recray.bundles.filters import Filters
+from recray.errors import InputError
+
+FEATURES = pa.table(
+    {
+        "genre": pa.array(["a", "b", None, "a", "c"]),
+        "code": pa.array(["x", "y", "x", None, "z"]).dictionary_encode(),
+        "year": pa.array([1990, 1991, None, 1990, 1993], pa.int32()),
+        "price": pa.array([1.5, 2.0, 3.0, None, 1.5]),
+        "new": pa.array([True, False, None, True, True]),
+        "tags": pa.array([["p", "q"], [], None, ["q"], ["r", "p"]]),
+        "numbers": pa.array([[1], [2, 3], None, [], [3]], pa.large_list(pa.int64())),
+    }
+)
+
+
+def kept(given: Any, features: Any = FEATURES) -> list[int] | None:
+    made = Filters(features, 5)
+    mask = made.mask(made.checked(given))
+    return None if mask is None else mask.nonzero()[0].tolist()
+
+
+@pytest.mark.parametrize(
+    ("given", "rows"),
+    [
+        ({"genre": "a"}, [0, 3]),
+        ({"genre": ["b", "c", "?"]}, [1, 4]),
+        ({"genre": []}, []),
+        ({"code": "x"}, [0, 2]),
+        ({"year": 1990}, [0, 3]),
+        ({"year": "1990"}, [0, 3]),
+        ({"year": (1991, 1993)}, [1, 4]),
+        ({"price": 1.5}, [0, 4]),
+        ({"price": 2}, [1]),
+        ({"new": True}, [0, 3, 4]),
+        ({"tags": "p"}, [0, 4]),
+        ({"tags": ["p", "q"]}, [0, 3, 4]),
+        ({"numbers": "3"}, [1, 4]),
+        ({"genre": "a", "tags": "p"}, [0]),
+        ({}, None),
+        (None, None),
+    ],
+)
+def test_masks(given: Any, rows: list[int] | None) -> None:
+    assert kept(given) == rows
+
+
+@pytest.mark.parametrize(
+    "given", [{"year": "soon"}, {"year": 1990.5}, {"numbers": ["x"]}, {"no": 1}, {7: 1}, 7]
+)
+def test_what_cannot_be_read_is_refused(given: Any) -> None:
+    with pytest.raises(InputError):
+        kept(given)
+
+
+def test_without_features_every_column_is_unknown() -> None:
+    with pytest.raises(InputError, match="no item features"):
+        kept({"genre": "a"}, None)
+
+
+def test_chunked_columns_are_read_whole() -> None:
+    chunked = pa.concat_tables([FEATURES.slice(0, 2), FEATURES.slice(2)])
+    assert kept({"tags": "p"}, chunked) == [0, 4]
+    assert kept({"code": "x"}, chunked) == [0, 2]
+
+
+def test_masks_are_kept_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(filters, "KEPT", 3)
+    made = Filters(FEATURES, 5)
+    first = made.mask(made.checked({"genre": "a"}))
+    assert first is not None
+    assert made.mask(made.checked({"genre": ["a"]})) is first
+    with pytest.raises(ValueError, match="read-only"):
+        first[0] = False
+    for year in (1990, 1991, 1992):
+        made.mask(made.checked({"year": year}))
+    assert len(made._kept) == 3
+    assert made.mask(made.checked({"genre": "a"})) is not first
