@@ -1,0 +1,182 @@
+"""The loop in one process: it learns, stops, resumes as if never interrupted, and refuses what is broken."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from recray.errors import ArtefactError, ConfigError, InputError
+from recray.recipes import Train
+from recray.training.checkpoint import EpochReport, State, last_state, load_state
+from recray.training.loop import TrainingError, epoch_words, fit, pick_device
+from tests.unit.training_fakes import FakeData, Tiny
+
+TRAIN = Train(epochs=6, batch_size=16, lr=0.02, warmup_steps=4, patience=0, device="cpu", threads=1)
+
+
+def new() -> Tiny:
+    torch.manual_seed(0)
+    return Tiny()
+
+
+def run(
+    train: Train, folder: Path | None = None, resume: Path | None = None, model: Tiny | None = None
+) -> Any:
+    model = model or new()
+    reports: list[EpochReport] = []
+
+    def keep(report: EpochReport, state: State) -> None:
+        reports.append(report)
+        if folder:
+            folder.mkdir(exist_ok=True)
+            state.save(folder)
+
+    result = fit(model, FakeData(), train, report=keep, resume=resume)  # type: ignore[arg-type]
+    return model, reports, result
+
+
+def kept(folder: Path) -> State:
+    found = last_state(folder)
+    assert found
+    return load_state(found)
+
+
+def test_loss_falls_and_the_metric_rises() -> None:
+    model, reports, result = run(replace(TRAIN, epochs=25))
+    assert reports[-1].loss < 0.6 * reports[0].loss
+    assert result.position.best_value > 0.3
+    assert not model.training
+
+
+def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole, whole_reports, _ = run(TRAIN)
+    run(replace(TRAIN, epochs=3), tmp_path / "state")
+    resumed, reports, result = run(TRAIN, resume=last_state(tmp_path / "state"))
+    assert [r.epoch for r in reports] == [4, 5, 6]
+    assert [r.loss for r in reports] == [r.loss for r in whole_reports[3:]]
+    assert [r.loss for r in result.position.history] == [r.loss for r in whole_reports]
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0)
+
+
+def test_best_weights_are_restored_also_after_a_resume(tmp_path: Path) -> None:
+    patient = replace(TRAIN, epochs=60, patience=3, lr=0.3)
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+    model = new()
+
+    def keep(report: EpochReport, state: State) -> None:
+        seen[report.epoch] = {k: v.clone() for k, v in state.weights.items()}
+        (tmp_path / f"{report.epoch}").mkdir()
+        state.write(tmp_path / f"{report.epoch}")
+
+    result = fit(model, FakeData(), patient, report=keep)  # type: ignore[arg-type]
+    best, last = result.position.best_epoch, result.position.epoch
+    assert last == best + 3 < 60, "this rate must overshoot, or the test shows nothing"
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in seen[best].items())
+    again = new()
+    fit(again, FakeData(), patient, resume=tmp_path / f"{last - 1}")  # type: ignore[arg-type]
+    assert all(torch.equal(again.state_dict()[k], v) for k, v in seen[best].items())
+    assert all(torch.equal(load_state(tmp_path / f"{last}").kept[k], v) for k, v in seen[best].items())
+
+
+def test_without_validation_the_last_weights_stay() -> None:
+    model = new()
+    result = fit(model, FakeData(valid=False), replace(TRAIN, patience=1))  # type: ignore[arg-type]
+    assert result.position.epoch == TRAIN.epochs
+    assert result.position.best_epoch == 0
+    assert result.position.history[-1].value is None
+
+
+def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_state(tmp_path: Path) -> None:
+    model = new()
+    model.poison_at = 4 * 2 + 3  # four steps an epoch
+    with pytest.raises(TrainingError, match="nan at epoch 3, step 3"):
+        run(TRAIN, tmp_path / "state", model=model)
+    assert kept(tmp_path / "state").position.epoch == 2
+    assert all(torch.isfinite(v).all() for v in model.state_dict().values())
+
+
+def test_an_unknown_metric_is_refused_before_the_first_step() -> None:
+    model = new()
+    with pytest.raises(ConfigError, match=r"ndgc@10.*ndcg@10"):
+        run(replace(TRAIN, metric="ndgc@10"), model=model)
+    assert model.calls == 0
+
+
+def test_a_dataset_without_batches_is_refused() -> None:
+    with pytest.raises(InputError, match="learn from"):
+        fit(new(), FakeData(users=0), TRAIN)  # type: ignore[arg-type]
+
+
+def test_the_validation_sample_is_the_same_each_epoch_and_run() -> None:
+    small = replace(TRAIN, epochs=2, valid_users=7, lr=1e-12)
+    first, second = (run(small)[1] for _ in range(2))
+    assert first[0].value == first[1].value == second[0].value != run(TRAIN)[1][0].value
+
+
+def test_clipping_and_warmup_act() -> None:
+    plain = run(replace(TRAIN, epochs=1, lr=0.1))[0].state_dict()
+    for change in ({"warmup_steps": 1000}, {"clip_norm": 1e-9}):
+        other = run(replace(TRAIN, epochs=1, lr=0.1, **change))[0].state_dict()  # type: ignore[arg-type]
+        assert any(not torch.equal(plain[k], other[k]) for k in plain), change
+
+
+def test_bf16_learns_and_keeps_f32_weights() -> None:
+    model, reports, _ = run(replace(TRAIN, precision="bf16"))
+    assert reports[-1].loss < reports[0].loss
+    assert all(v.dtype == torch.float32 for v in model.state_dict().values())
+
+
+def test_threads_are_given_back() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        run(replace(TRAIN, epochs=1, threads=1))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_state_with_a_flipped_byte_is_refused(tmp_path: Path) -> None:
+    run(replace(TRAIN, epochs=1), tmp_path / "state")
+    state = last_state(tmp_path / "state")
+    assert state
+    victim = state / "model.safetensors"
+    data = bytearray(victim.read_bytes())
+    data[-3] ^= 1
+    victim.write_bytes(bytes(data))
+    with pytest.raises(ArtefactError, match="altered"):
+        run(TRAIN, resume=state)
+    (state / "state.json").write_text('{"files": {}, "position": 3}')
+    with pytest.raises(ArtefactError, match="cannot be read"):
+        run(TRAIN, resume=state)
+
+
+def test_a_state_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(replace(TRAIN, epochs=2), tmp_path / "state")
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("recray.training.checkpoint.save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        run(TRAIN, tmp_path / "state", resume=last_state(tmp_path / "state"))
+    assert kept(tmp_path / "state").position.epoch == 2
+    assert [p.name for p in (tmp_path / "state").iterdir()] == ["state-00002"]
+
+
+def test_devices() -> None:
+    assert pick_device("cpu").type == "cpu"
+    if not torch.cuda.is_available():
+        assert pick_device("auto").type == "cpu"
+        with pytest.raises(ConfigError, match="cuda"):
+            pick_device("cuda")
+
+
+def test_epoch_words() -> None:
+    report = EpochReport(epoch=2, loss=1.5, metric="ndcg@10", value=0.25, best=True, seconds=3.04, batches=4)
+    assert epoch_words(report, 9) == "epoch 2/9: loss 1.5000, ndcg@10 0.2500 (best), 3.0 s"
