@@ -1,0 +1,153 @@
+"""Judge the trials of a compression search: their lines, their front, the chosen one and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from recray.metrics.interval import paired
+from recray.progress import warn
+from recray.tuning.pareto import (
+    Budget,
+    Choice,
+    Value,
+    choose,
+    dominated,
+    hypervolume,
+    megabytes,
+    milliseconds,
+    shortage,
+)
+from recray.tuning.space import Point
+from recray.tuning.trial import Trial, words
+
+BUSY = 0.95  # a measured process that had less of its core than this was disturbed
+
+
+class Judge:
+    """What trials are worth under one budget."""
+
+    def __init__(
+        self, budget: Budget, metric: str, overhead: float, tolerance: float, reference: str
+    ) -> None:
+        self.budget, self.metric, self.overhead = budget, metric, overhead
+        self.tolerance, self.reference = tolerance, reference
+        self.plain: float | None = None  # the reference's quality, once known
+
+    def value(self, trial: Trial) -> Value:
+        metrics = trial.metrics
+        return Value(metrics[self.metric], metrics["p99"] + self.overhead, metrics["bytes"])
+
+    def line(self, trial: Trial) -> str:
+        """Of the progress table: quality, its loss, latency with interval, bytes, what is exceeded."""
+        value, timed = self.value(trial), trial.detail.get("latency", {})
+        if trial.hash == self.reference:
+            self.plain = value.quality
+        loss = f" ({value.quality / self.plain - 1:+.1%})" if self.plain else ""
+        over = self.budget.over(value)
+        said = "fits" if not over else "over " + " and ".join(over)
+        notes = "" if timed.get("narrow", True) else "  wide interval"
+        notes += "" if timed.get("cpu", 1.0) >= BUSY else "  busy machine"
+        ends = [milliseconds(timed[end] + self.overhead) for end in ("low", "high") if end in timed]
+        interval = f" [{', '.join(ends)}]" if ends else ""
+        return (
+            f"{self.metric} {value.quality:.4f}{loss}  "
+            f"p50 {milliseconds(trial.metrics['p50'] + self.overhead)}  "
+            f"p99 {milliseconds(value.p99)}{interval}  {megabytes(value.bytes)}  {said}{notes}"
+        )
+
+    def verdict(
+        self, found: Sequence[Trial], usual: Point, rejected: int
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(front.json, chosen.json) of all trials."""
+        good = [trial for trial in found if trial.error is None]
+        values = [self.value(trial) for trial in good]
+        self.plain = next((v.quality for t, v in zip(good, values) if t.hash == self.reference), None)
+        choice = choose(values, self.budget, lambda i, best: self._tied(good[i], good[best]))
+        costs = np.array([value.costs for value in values])
+        beaten = dict(zip((trial.hash for trial in good), dominated(costs).tolist()))
+        corner = (0.0, self.budget.p99, self.budget.size)
+        front = {
+            "search": "compress",
+            "metric": self.metric,
+            "budget": {"p99": self.budget.p99, "size": self.budget.size, "http": self.overhead},
+            "reference": self.reference,
+            "chosen": good[choice.index].hash if choice.fits else None,
+            "rejected_unmeasured": rejected,
+            "hypervolume": hypervolume(costs, corner) / (self.budget.p99 * self.budget.size),
+            "trials": [self._row(trial, beaten.get(trial.hash), usual) for trial in found],
+        }
+        return front, self._chosen(good, values, choice, usual)
+
+    def _row(self, trial: Trial, beaten: bool | None, usual: Point) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "trial": trial.hash,
+            "number": trial.number,
+            "words": words(trial.point, usual),
+            "point": dict(trial.point),
+            "error": trial.error,
+            "seconds": trial.seconds,
+        }
+        if trial.error is not None:
+            return row
+        value = self.value(trial)
+        return row | {
+            "metrics": {**trial.metrics, "p50": trial.metrics["p50"] + self.overhead, "p99": value.p99},
+            "latency": trial.detail.get("latency"),
+            "relative_loss": None if not self.plain else 1 - value.quality / self.plain,
+            "dominated": beaten,
+            "fits": self.budget.fits(value),
+            "over": self.budget.over(value),
+        }
+
+    def _chosen(
+        self, good: Sequence[Trial], values: Sequence[Value], choice: Choice, usual: Point
+    ) -> dict[str, Any]:
+        trial, value = good[choice.index], values[choice.index]
+        what = words(trial.point, usual)
+        asked = f"p99 {milliseconds(self.budget.p99)} and size {megabytes(self.budget.size)}"
+        if not choice.fits:
+            why = (
+                f"nothing of {len(good)} trials fits {asked}: "
+                f"the nearest ({what}) is short: {shortage(value, self.budget)}"
+            )
+            return {
+                "trial": None,
+                "nearest": trial.hash,
+                "why": why,
+                "bounded_by": [*self.budget.over(value)],
+            }
+        better = [v for v in values if v.quality > values[choice.best].quality]
+        bounds = sorted({term for v in better for term in self.budget.over(v)})
+        lost = 1 - value.quality / self.plain if self.plain else 0.0
+        loss = f", {abs(lost):.2%} {'below' if lost >= 0 else 'above'} uncompressed" if self.plain else ""
+        tie = f"ties with the best of {self.metric} and has the least p99 x bytes of {len(choice.tied)}"
+        best = f"the best {self.metric} that fits" if len(choice.tied) == 1 else tie
+        limit = f"; more quality would break {' and '.join(bounds)}" if bounds else ""
+        why = (
+            f"{what}: {best} ({value.quality:.4f}{loss}) at p99 {milliseconds(value.p99)} "
+            f"and {megabytes(value.bytes)}{limit}"
+        )
+        high = trial.detail.get("latency", {}).get("high")
+        if high is not None and high + self.overhead > self.budget.p99:
+            warn("the chosen trial's p99 is within the budget, the upper end of its interval is not")
+        return {
+            "trial": trial.hash,
+            "plan": trial.detail.get("plan"),
+            "point": dict(trial.point),
+            "metrics": {**trial.metrics, "p99": value.p99},
+            "why": why,
+            "bounded_by": bounds,
+        }
+
+    def _tied(self, one: Trial, best: Trial) -> bool:
+        """Whether no measurement tells their quality apart, and the difference is within tolerance."""
+        lower = best.metrics[self.metric] - one.metrics[self.metric]
+        if lower > self.tolerance * best.metrics[self.metric]:
+            return False
+        mine, theirs = one.detail.get("values"), best.detail.get("values")
+        if mine is None or theirs is None or len(mine) < 2:
+            return lower == 0
+        return paired(mine, theirs).high >= 0

@@ -1,0 +1,174 @@
+"""Plans as points: which space there is for two models, and what a packed plan is worth.
+
+Everything here runs in a trial: the bundle is built in a scratch folder, asked for the validation
+users' items, and timed one user at a time on their real histories.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from recray import config, evaluation
+from recray.bundles.build import build
+from recray.bundles.plan import Plan, choices
+from recray.compression.codec import codec_named
+from recray.data.dataset import Cases, Dataset, open_dataset
+from recray.manifest import Artefact, open_artefact
+from recray.models.base import Model, Ranker, Retriever
+from recray.models.embeddings import Table
+from recray.tuning.latency import Effort, measure, slot
+from recray.tuning.space import Dimension, Point, Scalar, Space
+from recray.tuning.trial import Outcome
+
+HNSW = {"links": (8, 48), "ef_search": (16, 256)}  # what varies of an hnsw index, on a log scale
+CANDIDATES = (20, 400)
+ASKED = 500  # histories that are timed in turn
+K = 10
+
+
+def plan_space(retriever: Retriever, ranker: Ranker | None) -> Space | None:
+    """All that may vary of a plan for these models; None where nothing may."""
+    dimensions = [
+        Dimension(name, "choice", choices=values)
+        for name, values in choices(retriever, ranker).items()
+        if len(values) > 1
+    ]
+    if any(d.name == "index" and "hnsw" in d.choices for d in dimensions):
+        dimensions += [Dimension(name, "int", low, high, log=True) for name, (low, high) in HNSW.items()]
+    most = min(CANDIDATES[1], retriever.n_items)
+    if ranker is not None and most > CANDIDATES[0]:
+        dimensions.append(Dimension("candidates", "int", CANDIDATES[0], most, log=True))
+    if ranker is not None:
+        dimensions.append(Dimension("blend", "float", 0.0, 1.0))
+    return Space(dimensions) if dimensions else None
+
+
+def plan_of(point: Mapping[str, Scalar]) -> Plan:
+    """The plan that a point means; what it does not name is as in `Plan()`."""
+    fields: dict[str, Any] = {name: value for name, value in point.items() if name not in HNSW}
+    if fields.get("index") == "hnsw":
+        fields["index_params"] = {name: point[name] for name in HNSW if name in point}
+    return config.build(Plan, fields, where="plan")
+
+
+def canonical(point: Mapping[str, Scalar]) -> dict[str, Any]:
+    """What decides the outcome: the parameters of an index that is not used do not."""
+    return config.as_dict(plan_of(point))
+
+
+def first_points(space: Space) -> list[Point]:
+    """Nothing compressed (the reference), then the guess that an expert would try."""
+    plain = config.as_dict(Plan())
+    wished = {"retriever_codec": "int8", "ranker_codec": "int8"}
+    wished |= {"encoder_graph": "onnx-int8", "ranker_graph": "onnx-int8", "index": "exact"}
+    usual: Point = {name: plain.get(name, int(d.low)) for name, d in space.dimensions.items()}
+    return [usual, {name: wished.get(name, value) for name, value in usual.items()}]
+
+
+def table_bytes(point: Mapping[str, Scalar], retriever: Model, ranker: Model | None) -> int:
+    """The bytes of the encoded tables, which a plan's bundle cannot go below; known without building."""
+    plan = plan_of(point)
+    return _coded(retriever, plan.retriever_codec) + _coded(ranker, plan.ranker_codec)
+
+
+def _coded(model: Model | None, codec: str) -> int:
+    if model is None:
+        return 0
+    how = codec_named(codec)
+    tables = [cast(Table, table) for table in model.tables.values()]
+    return sum(how.bytes_of(table.num_rows, table.dim) for table in tables)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanTrial:
+    """The objective of `search_compress`: point -> quality per user, latency, bytes. Travels by value.
+
+    pieces: a folder of the driver's machine where encoded parts are kept between trials; each process
+    has its own folder in it. A worker on another machine, where it is not, encodes every time.
+    """
+
+    retriever: str
+    ranker: str | None
+    dataset: str
+    metric: str
+    users: int
+    seed: int
+    effort: Effort = field(default_factory=Effort)
+    pieces: str | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """What of this decides the outcome of a trial, beside the inputs' hashes."""
+        return {"metric": self.metric, "users": self.users, "seed": self.seed, "effort": asdict(self.effort)}
+
+    def __call__(self, point: Point) -> Outcome:
+        with tempfile.TemporaryDirectory(prefix="recray-trial-") as scratch, ExitStack() as stack:
+            stack.enter_context(slot(shared=True))
+            data, cases = _asked(self.dataset, self.users, self.seed)
+            retriever, ranker = _checkpoints(self.retriever, self.ranker)
+            folder = Path(scratch)
+            plan = plan_of(point)
+            pieces = self._pieces()
+            bundle = build(folder / "bundle", retriever, ranker, data, plan, pieces=pieces)
+            report = evaluation.evaluate(
+                evaluation.recommender_top_k(bundle.recommender), cases, ks=(int(self.metric.split("@")[1]),)
+            )
+            requests = folder / "requests.json"
+            requests.write_text(json.dumps(_requests(data, cases)))
+            stack.close()  # the shared slot: measuring takes it alone
+            arguments = {"bundle": str(folder / "bundle"), "requests": str(requests), "k": K}
+            found = measure("recray.tuning.probe:bundle_requests", arguments, self.effort)
+            values = report.values[self.metric]
+            return Outcome(
+                {
+                    self.metric: float(values.mean()),
+                    "p50": found.p50,
+                    "p99": found.p99,
+                    "bytes": float(bundle.model_bytes),
+                },
+                {
+                    "plan": config.as_dict(plan),
+                    "latency": asdict(found),
+                    "bytes": dict(bundle.artefact.manifest.report["bytes"]),
+                    "values": [round(float(v), 6) for v in values],
+                },
+            )
+
+    def _pieces(self) -> Path | None:
+        if self.pieces is None or not os.path.isdir(self.pieces):
+            return None
+        return Path(self.pieces) / str(os.getpid())
+
+
+@lru_cache(maxsize=1)
+def _asked(dataset: str, users: int, seed: int) -> tuple[Dataset, Cases]:
+    """The dataset and at most `users` of its validation cases, the same ones for the same seed."""
+    data = open_dataset(dataset)
+    cases = data.cases("valid")
+    some = np.sort(np.random.default_rng(seed).permutation(len(cases))[:users])
+    return data, evaluation.subset(cases, some)
+
+
+@lru_cache(maxsize=1)
+def _checkpoints(retriever: str, ranker: str | None) -> tuple[Artefact, Artefact | None]:
+    behind = None if ranker is None else open_artefact(ranker, "checkpoint")
+    return open_artefact(retriever, "checkpoint"), behind
+
+
+def _requests(data: Dataset, cases: Cases) -> list[dict[str, Any]]:
+    """What users of the cases would send: their own histories, and the context of their next item."""
+    made = []
+    for b in range(min(ASKED, len(cases))):
+        context = {c: data.context_values[c][int(rows[b])] for c, rows in cases.context.items() if rows[b]}
+        history = [data.items.id_of(int(row)) for row in cases.histories[b]]
+        made.append({"history": history, "context": context})
+    return made

@@ -1,0 +1,91 @@
+"""The search artefact, and the folder beside it where trials wait until there is one.
+
+front.json    every trial: its point, metrics, whether it fits, whether another beats it
+trials/       one file a trial, named by its hash
+chosen.json   which one, why, and what bounded it
+best/         (hyper-parameter searches) the best trial's checkpoint
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from recray.errors import ArtefactError
+from recray.manifest import Artefact, open_artefact, write_artefact
+from recray.storage import Place, check_writable, place
+from recray.tuning.trial import Trial, TrialCache, file_bytes
+
+
+def open_cache(out: str | os.PathLike[str] | Place, context: Mapping[str, Any]) -> TrialCache:
+    """The trials that wait beside `out`; those of a search that is finished there are taken over.
+
+    Raises InputError, before any work, when `out` cannot be written.
+    """
+    target = place(out)
+    check_writable(target)
+    cache = TrialCache(waiting(target) / "trials", context)
+    try:
+        done = open_artefact(target, "search", verify=False)
+    except ArtefactError:
+        return cache
+    known = {trial.hash for trial in cache.load()}
+    for trial in TrialCache(done.place / "trials", context).load():
+        if trial.hash not in known:
+            cache.keep(trial)
+    return cache
+
+
+def waiting(out: Place) -> Place:
+    """The folder beside `out` that a search uses until its artefact stands, and a killed one leaves."""
+    folder, _, name = out.uri.rstrip("/").rpartition("/")
+    return place(f"{folder}/.{name}.search")
+
+
+def write_search(
+    out: str | os.PathLike[str] | Place,
+    cache: TrialCache,
+    trials: Sequence[Trial],
+    *,
+    front: Mapping[str, Any],
+    chosen: Mapping[str, Any],
+    parents: Mapping[str, Artefact],
+    recipe: Mapping[str, Any],
+    best: Callable[[Path], object] | None = None,
+) -> Artefact:
+    """Leave the search at `out` and clear what waited beside it. `best` fills the folder `best/`."""
+
+    def fill(folder: Path) -> Mapping[str, Any]:
+        (folder / "trials").mkdir()
+        for trial in trials:
+            (folder / "trials" / f"{trial.hash}.json").write_bytes(file_bytes(trial, cache.context))
+        (folder / "front.json").write_text(json.dumps(front, indent=1))
+        (folder / "chosen.json").write_text(json.dumps(chosen, indent=1))
+        if best is not None:
+            best(folder / "best")
+        failed = sum(trial.error is not None for trial in trials)
+        return {"trials": len(trials), "failed": failed, "chosen": dict(chosen)}
+
+    made = write_artefact(out, "search", fill, parents=parents, recipe=recipe)
+    discard(waiting(place(out)))
+    return made
+
+
+def discard(folder: Place) -> None:
+    """Remove a folder of ours, wherever it lies."""
+    if not folder.exists():
+        return
+    if folder.remote:
+        folder.fs.delete_dir(folder.path)
+    else:
+        shutil.rmtree(folder.local, ignore_errors=True)
+
+
+def copied(source: Place, folder: Path) -> None:
+    """The checkpoint at `source` as the new folder `folder`, its hashes checked."""
+    with open_artefact(source, "checkpoint").local() as local:
+        shutil.copytree(local, folder)
