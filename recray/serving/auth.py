@@ -1,0 +1,69 @@
+"""Who may ask: one bearer token, compared in constant time, kept only as a digest."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import os
+from pathlib import Path
+
+from recray.errors import InputError
+
+TOKEN_ENV = "RECRAY_TOKEN"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens on `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def find_token(token: str | None = None, token_file: str | None = None) -> str | None:
+    """The token to ask for: as given, else from a file, else from $RECRAY_TOKEN, else none.
+
+    Raises InputError for an empty or unusable token; the message never holds the token.
+    """
+    where = "token"
+    if token is None and token_file is not None:
+        where = token_file
+        try:
+            token = Path(token_file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError):
+            raise InputError("the token file cannot be read", where=token_file) from None
+    if token is None:
+        token = os.environ.get(TOKEN_ENV)
+        where = f"${TOKEN_ENV}"
+    if token is None:
+        return None
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise InputError("is not a token", where=where, fix="use printable ASCII characters without spaces")
+    return token
+
+
+def digest(token: str) -> str:
+    """What a replica keeps instead of the token: its sha256, as hex."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def check_exposure(host: str, token_digest: str | None) -> None:
+    """Refuse to listen beyond loopback without a token. Raises InputError."""
+    if token_digest is None and not is_loopback(host):
+        raise InputError(
+            "would answer other machines without asking for a token",
+            where=f"host {host}",
+            fix=f"set {TOKEN_ENV}, give a token, or listen on 127.0.0.1",
+        )
+
+
+def allowed(authorization: str | None, token_digest: str | None) -> bool:
+    """Whether an `Authorization` header opens the door. Time does not tell how much of it matched."""
+    if token_digest is None:
+        return True
+    scheme, _, given = (authorization or "").partition(" ")
+    same = hmac.compare_digest(digest(given.strip()), token_digest)
+    return same and scheme.lower() == "bearer"

@@ -1,0 +1,235 @@
+"""The HTTP door as a plain ASGI application: routes, limits, errors with a body, an access log.
+
+It knows no Ray: it asks an `Answerer`, which a test makes in process and a replica from handles.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+import uuid
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from recray import __version__
+from recray.errors import InputError
+from recray.serving import auth, schema
+from recray.serving.docs import page
+from recray.serving.schema import ApiError
+
+access = logging.getLogger("recray.access")
+log = logging.getLogger("recray.serving")
+
+_ASKED = re.compile(r"/v1/")  # what needs the token; health and documentation hold no data
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+@dataclass
+class Reply:
+    """What an Answerer answers: items best first, and why they are less than they could be."""
+
+    items: list[dict[str, Any]]  # {item, score, source}
+    generation: str
+    degraded: list[str] = field(default_factory=list)
+    timing_ms: dict[str, float] = field(default_factory=dict)
+
+
+class Answerer(Protocol):
+    """What stands behind the door."""
+
+    async def recommend(self, ask: schema.RecommendRequest) -> Reply: ...
+
+    async def similar(self, item: str, k: int) -> Reply: ...
+
+    async def ready(self) -> str:
+        """The generation that every stage answers from. Raises ApiError (503) when one does not."""
+        ...
+
+
+def build_asgi(answerer: Answerer, *, token_digest: str | None = None) -> ASGIApp:
+    """The application; with a digest, /v1/* asks for that bearer token."""
+    document = orjson.dumps(schema.openapi(__version__))
+    html = page(schema.openapi(__version__))
+
+    async def recommend(request: Request) -> Response:
+        ask = schema.parse_recommend(await _json_body(request))
+        return _replied(request, await answerer.recommend(ask))
+
+    async def similar(request: Request) -> Response:
+        query = schema.parse_similar(request.query_params)
+        return _replied(request, await answerer.similar(request.path_params["id"], query.k))
+
+    async def healthz(request: Request) -> Response:
+        return _json({"status": "ok"})
+
+    async def readyz(request: Request) -> Response:
+        return _json({"status": "ready", "generation": await answerer.ready()})
+
+    async def openapi(request: Request) -> Response:
+        return Response(document, media_type="application/json")
+
+    async def docs(request: Request) -> Response:
+        return HTMLResponse(html, headers={"content-security-policy": _CSP})
+
+    router = Router(
+        [
+            Route("/v1/recommend", recommend, methods=["POST"]),
+            Route("/v1/items/{id:path}/similar", similar, methods=["GET"]),
+            Route("/healthz", healthz),
+            Route("/readyz", readyz),
+            Route("/openapi.json", openapi),
+            Route("/docs", docs),
+        ],
+        redirect_slashes=False,
+    )
+    return _Gate(router, token_digest)
+
+
+_CSP = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+
+
+class _Gate:
+    """Around every request: an id, the token, errors as bodies, one line in the access log."""
+
+    def __init__(self, app: ASGIApp, token_digest: str | None) -> None:
+        self._app, self._token_digest = app, token_digest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start = time.perf_counter()
+        headers = dict(scope["headers"])
+        request_id = headers.get(b"x-request-id", b"").decode("latin-1")
+        if not _REQUEST_ID.fullmatch(request_id):
+            request_id = uuid.uuid4().hex
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        scope["app"] = self  # so the router raises what it does not know
+        status = 0
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            self._check_token(scope, headers)
+            await self._app(scope, receive, send_and_note)
+        except ApiError as error:
+            await _refused(error, request_id)(scope, receive, send_and_note)
+        except HTTPException as error:
+            await _no_route(scope, error)(scope, receive, send_and_note)
+        except InputError as error:
+            refusal = ApiError(422, "invalid_value", error.what, error.where or "body")
+            await _refused(refusal, request_id)(scope, receive, send_and_note)
+        except ClientDisconnect:
+            status = 499  # nobody is left to answer
+        except Exception:
+            log.exception("request %s failed", request_id)
+            if not status:
+                refusal = ApiError(500, "internal", "the server failed; the fault is not in the request")
+                await _refused(refusal, request_id)(scope, receive, send_and_note)
+        finally:
+            if access.isEnabledFor(logging.INFO):
+                access.info(_access_line(scope, status, time.perf_counter() - start))
+
+    def _check_token(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        if self._token_digest is None or not _ASKED.match(_path(scope)):
+            return
+        given = headers.get(b"authorization", b"").decode("latin-1")
+        if not auth.allowed(given, self._token_digest):
+            raise ApiError(401, "unauthorized", "a valid bearer token is needed", "header.authorization")
+
+
+def _path(scope: Scope) -> str:
+    """The path below the prefix that the application is mounted at."""
+    path, root = str(scope["path"]), str(scope.get("root_path", "")).rstrip("/")
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
+
+
+def _access_line(scope: Scope, status: int, seconds: float) -> str:
+    """No ids of users or items, no histories, no addresses: the route's pattern, not its path."""
+    state = scope.get("state", {})
+    route = scope.get("route")
+    return orjson.dumps(
+        {
+            "request_id": state.get("request_id"),
+            "method": scope["method"][:16],
+            "route": getattr(route, "path", None),
+            "status": status,
+            "ms": round(seconds * 1e3, 2),
+            **state.get("noted", {}),
+        }
+    ).decode()
+
+
+async def _json_body(request: Request) -> object:
+    """The decoded body. Reads no more of it than is allowed. Raises ApiError 400, 413."""
+    too_large = ApiError(413, "body_too_large", f"the body is above {schema.MAX_BODY} bytes", "body")
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and (len(declared) > 18 or int(declared) > schema.MAX_BODY):
+        raise too_large
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > schema.MAX_BODY:
+            raise too_large
+        parts.append(part)
+    try:
+        return orjson.loads(b"".join(parts))
+    except orjson.JSONDecodeError as error:
+        raise ApiError(400, "not_json", f"the body is not JSON: {error}"[:300], "body") from None
+
+
+def _replied(request: Request, reply: Reply) -> Response:
+    request.state.noted = {
+        "generation": reply.generation,
+        "items": len(reply.items),
+        "degraded": reply.degraded,
+        "timing_ms": reply.timing_ms,
+    }
+    return _json(
+        {
+            "request_id": request.state.request_id,
+            "generation": reply.generation,
+            "items": reply.items,
+            "degraded": reply.degraded,
+            "timing_ms": reply.timing_ms,
+        }
+    )
+
+
+def _json(value: object, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    body = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
+    return Response(body, status, headers, media_type="application/json")
+
+
+def _refused(error: ApiError, request_id: str) -> Response:
+    headers = {}
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    if error.status == 413:
+        headers["connection"] = "close"  # the rest of the body is not read
+    if error.status == 503:
+        headers["retry-after"] = str(schema.RETRY_AFTER_S)
+    return _json(error.body(request_id), error.status, headers)
+
+
+def _no_route(scope: Scope, error: HTTPException) -> Response:
+    code = {404: "unknown_route", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+    where = f"{scope['method'][:16]} {_path(scope)[:200]}"
+    refusal = ApiError(error.status_code, code, error.detail, where)
+    made = _refused(refusal, scope["state"]["request_id"])
+    for name, value in (error.headers or {}).items():  # Allow, beside 405
+        made.headers[name] = value
+    return made

@@ -1,0 +1,83 @@
+"""What a server process needs besides its graph: a free port, signals that unwind, a log, patience."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import socket
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+from recray.errors import InputError, RecrayError
+
+START_S = 120.0  # what the whole graph may take to be ready
+
+
+def check_free(host: str, port: int) -> int:
+    """The port, or a free one for 0. Raises InputError when somebody listens there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), port))
+            return int(probe.getsockname()[1])
+        except (OSError, OverflowError) as error:
+            why = error.strerror if isinstance(error, OSError) else str(error)
+            raise InputError(
+                f"cannot listen there ({why})", where=f"{host}:{port}", fix="choose another --port"
+            ) from None
+
+
+def root_url(host: str, port: int) -> str:
+    """Where a client on this machine finds a server that listens on `host`."""
+    shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+
+
+def wait_ready(url: str) -> None:
+    """Ask `<url>/readyz` until it answers 200. Raises RecrayError when that takes too long."""
+    ask = urllib.request.build_opener(urllib.request.ProxyHandler({})).open  # our own, not through a proxy
+    deadline = time.monotonic() + START_S
+    while True:
+        try:
+            with ask(f"{url}/readyz", timeout=5):
+                return
+        except (urllib.error.URLError, OSError) as error:
+            if time.monotonic() > deadline:
+                raise RecrayError(
+                    f"the graph is not ready after {START_S:.0f} s: {error}", where=url
+                ) from None
+        time.sleep(0.05)
+
+
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does; only the main thread may ask for that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def log_to_stderr(name: str) -> None:
+    """Let a logger write its bare messages to standard error, and nowhere else."""
+    logger = logging.getLogger(name)
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False

@@ -1,0 +1,218 @@
+"""What is asked and answered over HTTP, as models that validate and document themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+MAX_BODY = 1_000_000  # bytes of a request body
+MAX_K = 1000
+MAX_LIST = 10_000  # ids in one list
+MAX_ID = 1000  # characters of an id
+RETRY_AFTER_S = 1
+
+
+class ApiError(Exception):
+    """An answer that is an error: HTTP status, a code for machines, a message for people, a place."""
+
+    def __init__(self, status: int, code: str, message: str, where: str = "") -> None:
+        super().__init__(message)
+        self.status, self.code, self.message, self.where = status, code, message, where
+
+    def body(self, request_id: str) -> dict[str, Any]:
+        error = {"code": self.code, "message": self.message, "where": self.where}
+        return {"request_id": request_id, "error": error}
+
+
+def _as_id(value: object) -> object:
+    """JSON clients often hold ids as numbers; outside they are strings all the same."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Id = Annotated[
+    str, BeforeValidator(_as_id, json_schema_input_type=str | int), Field(min_length=1, max_length=MAX_ID)
+]
+Scalar = str | bool | int | Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class RecommendRequest(_Strict):
+    """Who is asked for, what they did, and what may be answered."""
+
+    user: Id | None = Field(None, description="A known user; their stored history is used.")
+    history: list[Id] | None = Field(
+        None, max_length=MAX_LIST, description="Item ids, oldest first, used in place of the stored ones."
+    )
+    k: int = Field(10, ge=1, le=MAX_K, description="How many items; fewer when the catalogue has fewer.")
+    exclude: list[Id] = Field(default=[], max_length=MAX_LIST, description="Item ids never to answer.")
+    filter: dict[str, Scalar | Annotated[list[Scalar], Field(max_length=MAX_LIST)]] | None = Field(
+        None, description="Item column -> the value it must have, or a list of values."
+    )
+    context: dict[str, Scalar] | None = Field(None, description="Context column -> the value now.")
+
+
+class SimilarQuery(_Strict):
+    """The query of GET /v1/items/{id}/similar."""
+
+    k: int = Field(10, ge=1, le=MAX_K)
+
+
+class Item(BaseModel):
+    """One answered item."""
+
+    item: str
+    score: float
+    source: str = Field(description="What proposed it: the model's stage, or 'popular'.")
+
+
+class RecommendResponse(BaseModel):
+    """Best item first."""
+
+    request_id: str
+    generation: str = Field(description="The bundle this was answered from.")
+    items: list[Item]
+    degraded: list[str] = Field(description="Why this is less than it could be; empty when it is not.")
+    timing_ms: dict[str, float]
+
+
+class ErrorDetail(BaseModel):
+    """What went wrong."""
+
+    code: str
+    message: str
+    where: str
+
+
+class ErrorResponse(BaseModel):
+    """The body of every answer that is not 2xx."""
+
+    request_id: str
+    error: ErrorDetail
+
+
+def parse_recommend(body: object) -> RecommendRequest:
+    """Validate a decoded JSON body. Raises ApiError (422)."""
+    if not isinstance(body, dict):
+        raise ApiError(422, "invalid_value", "the body must be a JSON object", "body")
+    try:
+        return RecommendRequest.model_validate(body)
+    except ValidationError as error:
+        raise _refusal(error, body, "body") from None
+
+
+def parse_similar(query: Mapping[str, str]) -> SimilarQuery:
+    """Validate a query string. Raises ApiError (422)."""
+    values: dict[str, Any] = dict(query)
+    if "k" in values:
+        try:
+            values["k"] = int(values["k"][:20])
+        except ValueError:
+            raise ApiError(422, "invalid_value", "k must be a whole number", "query.k") from None
+    try:
+        return SimilarQuery.model_validate(values)
+    except ValidationError as error:
+        raise _refusal(error, values, "query") from None
+
+
+def _refusal(error: ValidationError, given: Any, root: str) -> ApiError:
+    """The first of the errors, with the path of what was given (not of the schema's unions)."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    unknown = first["type"] == "extra_forbidden"
+    where = root
+    for step in first["loc"]:
+        try:
+            given = given[step]
+        except (KeyError, IndexError, TypeError):
+            break
+        where += f".{str(step)[:MAX_ID]}"
+    message = "no such field" if unknown else first["msg"]
+    return ApiError(422, "unknown_field" if unknown else "invalid_value", message, where)
+
+
+def openapi(version: str) -> dict[str, Any]:
+    """The OpenAPI 3.1 document of every route."""
+    models = (RecommendRequest, RecommendResponse, ErrorResponse)
+    schemas: dict[str, Any] = {}
+    for model in models:
+        made = model.model_json_schema(
+            ref_template="#/components/schemas/{model}",
+            mode="validation" if model is RecommendRequest else "serialization",
+        )
+        schemas.update(made.pop("$defs", {}))
+        schemas[model.__name__] = made
+    k = {"type": "integer", "minimum": 1, "maximum": MAX_K, "default": 10}
+    secured: list[dict[str, list[str]]] = [{"bearer": []}]
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "recray", "version": version, "summary": "Recommendations over HTTP"},
+        "paths": {
+            "/v1/recommend": {
+                "post": {
+                    "operationId": "recommend",
+                    "summary": "The k best items for a user or a history",
+                    "security": secured,
+                    "requestBody": {"required": True, "content": _json("RecommendRequest")},
+                    "responses": _responses("RecommendResponse", 400, 401, 413, 422, 503),
+                }
+            },
+            "/v1/items/{id}/similar": {
+                "get": {
+                    "operationId": "similar",
+                    "summary": "The k items most like one item",
+                    "security": secured,
+                    "parameters": [
+                        {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}},
+                        {"name": "k", "in": "query", "required": False, "schema": k},
+                    ],
+                    "responses": _responses("RecommendResponse", 401, 404, 422, 503),
+                }
+            },
+            "/healthz": {"get": _plain("healthz", "The ingress is alive")},
+            "/readyz": {"get": _plain("readyz", "Every stage answers", 503)},
+            "/openapi.json": {"get": _plain("openapi", "This document")},
+            "/docs": {
+                "get": {
+                    "operationId": "docs",
+                    "summary": "This document, for people",
+                    "responses": {"200": {"description": "OK", "content": {"text/html": {}}}},
+                }
+            },
+        },
+        "components": {
+            "schemas": schemas,
+            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
+        },
+    }
+
+
+_MEANING = {
+    400: "the body is not JSON",
+    401: "the token is missing or wrong",
+    404: "no such item",
+    413: f"the body is above {MAX_BODY} bytes",
+    422: "a field is unknown or has a value that cannot be",
+    503: "a stage does not answer now; try again",
+}
+
+
+def _json(name: str) -> dict[str, Any]:
+    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{name}"}}}
+
+
+def _responses(name: str, *errors: int) -> dict[str, Any]:
+    made: dict[str, Any] = {"200": {"description": "OK", "content": _json(name)}}
+    for status in errors:
+        made[str(status)] = {"description": _MEANING[status], "content": _json("ErrorResponse")}
+    return made
+
+
+def _plain(operation: str, summary: str, *errors: int) -> dict[str, Any]:
+    content = {"application/json": {"schema": {"type": "object"}}}
+    responses = {"200": {"description": "OK", "content": content}}
+    responses |= {str(e): {"description": _MEANING[e], "content": _json("ErrorResponse")} for e in errors}
+    return {"operationId": operation, "summary": summary, "responses": responses}

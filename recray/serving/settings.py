@@ -1,0 +1,89 @@
+"""How a graph is served: our own arguments, and the file of Ray Serve that says the rest.
+
+The file is a Ray Serve config (see deployments/serve): `applications[0].args` are `GraphArgs`, its
+`deployments` are options of the three deployments by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from recray import config
+from recray.errors import ConfigError
+
+DEPLOYMENTS = ("Ingress", "Retriever", "Ranker")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage with a model."""
+
+    threads: int = 1  # of the executor in a replica, each running one batch at a time
+    max_batch: int = 16  # concurrent requests that are answered together
+
+    def __post_init__(self) -> None:
+        if self.threads < 1 or self.max_batch < 1:
+            raise ConfigError(f"threads {self.threads} and max_batch {self.max_batch} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GraphArgs:
+    """What `build_app` takes: `args` of the application in a Serve config."""
+
+    bundle: str
+    token_file: str | None = None  # read by each ingress replica; else $RECRAY_TOKEN, else no token
+    token_digest: str | None = None  # sha256 of the token as hex, in place of the token itself
+    access_log: bool = True  # one line of JSON a request, on standard error of the ingress replica
+    retriever: Stage = field(default_factory=Stage)
+    ranker: Stage = field(default_factory=Stage)
+
+
+def read_file(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """(args without the bundle, deployment -> its options) of a Serve config with one application.
+
+    Raises ConfigError for a file that is no such config; keys of Ray Serve's own are checked later.
+    """
+    import yaml
+
+    try:
+        whole = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot be read ({error})", where=path) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"is not YAML ({str(error).splitlines()[0]})", where=path) from None
+    known = ("proxy_location", "http_options", "grpc_options", "logging_config", "applications")
+    check_keys(whole, known, path)
+    apps = whole.get("applications")
+    if not isinstance(apps, list) or len(apps) != 1:
+        raise ConfigError("must have one application", where=path, fix="see deployments/serve/graph.yaml")
+    where = f"{path}: applications[0]"
+    check_keys(
+        apps[0], ("name", "route_prefix", "import_path", "args", "deployments", "logging_config"), where
+    )
+    args = apps[0].get("args") or {}
+    check_keys(args, GraphArgs.__dataclass_fields__, f"{where}.args")
+    entries = apps[0].get("deployments") or []
+    if not isinstance(entries, list):
+        raise ConfigError("deployments must be a list", where=where)
+    options: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        if not isinstance(entry, Mapping) or entry.get("name") not in DEPLOYMENTS:
+            raise ConfigError(
+                f"a deployment must be named one of {', '.join(DEPLOYMENTS)}", where=f"{where}.deployments"
+            )
+        options[entry["name"]] = {key: value for key, value in entry.items() if key != "name"}
+    return {key: value for key, value in args.items() if key != "bundle"}, options
+
+
+def check_keys(value: object, known: Iterable[str], where: str) -> None:
+    """Raises ConfigError unless `value` is a mapping with only `known` keys."""
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"must be a mapping, not {value!r:.80}", where=where)
+    names = list(known)
+    for key in value:
+        if key not in names:
+            error = config.unknown_name("setting", str(key), names)
+            raise ConfigError(error.what, where=where, fix=error.fix)

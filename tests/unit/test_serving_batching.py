@@ -1,0 +1,90 @@
+"""Batches: order, sizes, and what a caller that hangs up or a poisoned ask does to the others."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Sequence
+
+import pytest
+
+from recray.serving.batching import Batcher
+
+
+def test_concurrent_calls_share_a_batch_and_keep_their_answers() -> None:
+    async def scene() -> None:
+        seen: list[int] = []
+
+        def run(asks: Sequence[int]) -> list[int]:
+            seen.append(len(asks))
+            return [ask * 10 for ask in asks]
+
+        batcher = Batcher(run, max_size=8)
+        assert await asyncio.gather(*(batcher(i) for i in range(20))) == [i * 10 for i in range(20)]
+        assert seen == [8, 8, 4]
+        assert await batcher(7) == 70
+        assert seen[-1] == 1
+        batcher.close()
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("when", ["waiting", "running"])
+def test_a_caller_that_hangs_up_harms_nobody(when: str) -> None:
+    async def scene() -> None:
+        started, go = threading.Event(), threading.Event()
+        ran: list[int] = []
+
+        def run(asks: Sequence[int]) -> list[int]:
+            ran.extend(asks)
+            started.set()
+            assert go.wait(10)
+            return list(asks)
+
+        batcher = Batcher(run, max_size=4)
+        calls = [asyncio.create_task(batcher(i)) for i in range(6)]  # 0-3 run, 4 and 5 wait
+        await asyncio.to_thread(started.wait, 10)
+        leaver = 1 if when == "running" else 4
+        calls[leaver].cancel()
+        await asyncio.sleep(0)
+        go.set()
+        results = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 10)
+        assert isinstance(results.pop(leaver), asyncio.CancelledError)
+        assert results == [i for i in range(6) if i != leaver]
+        assert (4 in ran) == (when == "running"), "nobody waits for it, so it must not be run"
+        assert await asyncio.wait_for(batcher(9), 10) == 9
+        batcher.close()
+
+    asyncio.run(scene())
+
+
+def test_only_the_ask_at_fault_sees_its_error() -> None:
+    async def scene() -> None:
+        def run(asks: Sequence[int]) -> list[float]:
+            return [1 / ask for ask in asks]
+
+        batcher = Batcher(run, max_size=8)
+        answers = await asyncio.gather(*(batcher(i) for i in (1, 0, 2)), return_exceptions=True)
+        assert answers[0] == 1
+        assert answers[2] == 0.5
+        assert isinstance(answers[1], ZeroDivisionError)
+        batcher.close()
+
+    asyncio.run(scene())
+
+
+def test_too_few_answers_is_an_error_and_not_a_hang() -> None:
+    async def scene() -> None:
+        batcher: Batcher[int, int] = Batcher(lambda asks: [], max_size=2)
+        with pytest.raises(RuntimeError, match="0 answers to 1 asks"):
+            await asyncio.wait_for(batcher(1), 10)
+        batcher.close()
+        with pytest.raises(RuntimeError):
+            await asyncio.wait_for(batcher(1), 10)
+
+    asyncio.run(scene())
+
+
+def test_sizes_below_one_are_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        Batcher(lambda asks: list(asks), max_size=0)

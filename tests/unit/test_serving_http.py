@@ -1,0 +1,202 @@
+"""The HTTP door without Ray: every bad request gets its 4xx with a body, and the next one a 200."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+
+from recray.serving import auth
+from recray.serving.http import Reply, build_asgi
+from recray.serving.schema import MAX_BODY, ApiError, RecommendRequest
+
+
+class Fake:
+    """Answers the history back, so that a test sees what was understood."""
+
+    async def recommend(self, ask: RecommendRequest) -> Reply:
+        if ask.user == "boom":
+            raise RuntimeError("secret-user boom")
+        if ask.user == "away":
+            raise ApiError(503, "unavailable", "a stage does not answer", "Ranker")
+        items = [{"item": i, "score": 1.0, "source": "fake"} for i in ask.history or ["a"]]
+        return Reply(items[: ask.k], "g1", [], {"total": 0.1})
+
+    async def similar(self, item: str, k: int) -> Reply:
+        if item == "nowhere":
+            raise ApiError(404, "unknown_item", "no such item", "path.id")
+        return Reply([{"item": item, "score": 1.0, "source": "fake"}], "g1")
+
+    async def ready(self) -> str:
+        return "g1"
+
+
+def ask(method: str, url: str, *, token: str | None = None, **kwargs: Any) -> httpx.Response:
+    app = build_asgi(Fake(), token_digest=token and auth.digest(token))
+
+    async def scene() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            answer = await client.request(method, url, **kwargs)
+            good = {"authorization": f"Bearer {token}"} if token else {}
+            after = await client.post("/v1/recommend", json={"history": ["x"]}, headers=good)
+            assert after.status_code == 200, "the server keeps answering"
+            return answer
+
+    return asyncio.run(scene())
+
+
+def test_a_good_request() -> None:
+    answer = ask("POST", "/v1/recommend", json={"history": ["b", 7], "k": 5, "user": 3})
+    assert answer.status_code == 200
+    body = answer.json()
+    assert set(body) == {"request_id", "generation", "items", "degraded", "timing_ms"}
+    assert [i["item"] for i in body["items"]] == ["b", "7"], "numbers are ids too"
+    assert body["generation"] == "g1"
+    assert body["degraded"] == []
+    assert len(body["request_id"]) == 32
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code", "where"),
+    [
+        (b"", 400, "not_json", "body"),
+        (b"{", 400, "not_json", "body"),
+        (b"\xff\xfe", 400, "not_json", "body"),
+        (b"[" * 5000, 400, "not_json", "body"),
+        (b'{"k": NaN}', 400, "not_json", "body"),
+        (b"[]", 422, "invalid_value", "body"),
+        (b"null", 422, "invalid_value", "body"),
+        (b'{"k": 0}', 422, "invalid_value", "body.k"),
+        (b'{"k": 1001}', 422, "invalid_value", "body.k"),
+        (b'{"k": -1}', 422, "invalid_value", "body.k"),
+        (b'{"k": 2.5}', 422, "invalid_value", "body.k"),
+        (b'{"k": "10"}', 422, "invalid_value", "body.k"),
+        (b'{"k": true}', 422, "invalid_value", "body.k"),
+        (b'{"k": null}', 422, "invalid_value", "body.k"),
+        (b'{"k": 99999999999999999999999999}', 422, "invalid_value", "body.k"),
+        (b'{"kk": 5}', 422, "unknown_field", "body.kk"),
+        (b'{"user": ["u"]}', 422, "invalid_value", "body.user"),
+        (b'{"user": ""}', 422, "invalid_value", "body.user"),
+        (b'{"user": true}', 422, "invalid_value", "body.user"),
+        (b'{"history": "abc"}', 422, "invalid_value", "body.history"),
+        (b'{"history": ["a", null]}', 422, "invalid_value", "body.history.1"),
+        (b'{"history": ["' + b"x" * 1001 + b'"]}', 422, "invalid_value", "body.history.0"),
+        (b'{"exclude": null}', 422, "invalid_value", "body.exclude"),
+        (b'{"filter": []}', 422, "invalid_value", "body.filter"),
+        (b'{"filter": {"c": {"d": 1}}}', 422, "invalid_value", "body.filter.c"),
+        (b'{"context": {"c": [1]}}', 422, "invalid_value", "body.context.c"),
+        (b'{"history": [' + b'"a",' * 10_000 + b'"a"]}', 422, "invalid_value", "body.history"),
+        (b" " * (MAX_BODY + 1), 413, "body_too_large", "body"),
+    ],
+)
+def test_bad_bodies(body: bytes, status: int, code: str, where: str) -> None:
+    answer = ask("POST", "/v1/recommend", content=body)
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert (error["code"], error["where"]) == (code, where)
+    assert error["message"]
+
+
+def test_a_streamed_body_is_not_read_beyond_the_limit() -> None:
+    sent = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal sent
+        for _ in range(1600):  # 100 MB, without a content-length
+            sent += 65536
+            yield b" " * 65536
+
+    answer = ask("POST", "/v1/recommend", content=endless())
+    assert answer.status_code == 413
+    assert answer.json()["error"]["code"] == "body_too_large"
+    assert sent < 2 * MAX_BODY
+
+
+@pytest.mark.parametrize(
+    ("method", "url", "status", "code"),
+    [
+        ("GET", "/", 404, "unknown_route"),
+        ("GET", "/v1/recommend", 405, "method_not_allowed"),
+        ("PUT", "/healthz", 405, "method_not_allowed"),
+        ("GET", "/v1/items/nowhere/similar", 404, "unknown_item"),
+        ("GET", "/v1/items/a/similar?k=0", 422, "invalid_value"),
+        ("GET", "/v1/items/a/similar?k=x", 422, "invalid_value"),
+        ("GET", "/v1/items/a/similar?j=1", 422, "unknown_field"),
+        ("GET", "/v1/items/a", 404, "unknown_route"),
+    ],
+)
+def test_bad_routes(method: str, url: str, status: int, code: str) -> None:
+    answer = ask(method, url)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+    if status == 405:
+        assert answer.headers["allow"]
+
+
+def test_ids_with_slashes_and_other_letters() -> None:
+    answer = ask("GET", "/v1/items/a%2Fb%20%C3%A9/similar?k=3")
+    assert answer.json()["items"][0]["item"] == "a/b é"
+
+
+def test_failures_inside_say_nothing_of_the_request(caplog: pytest.LogCaptureFixture) -> None:
+    answer = ask("POST", "/v1/recommend", json={"user": "boom"})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["code"] == "internal"
+    assert "secret" not in answer.text
+    answer = ask("POST", "/v1/recommend", json={"user": "away"})
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "1"
+    assert answer.json()["error"]["where"] == "Ranker"
+
+
+def test_tokens() -> None:
+    body = {"json": {"history": ["a"]}}
+    token = "t0ken-of-the-test"
+    for header in ({}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {token}"}):
+        answer = ask("POST", "/v1/recommend", token=token, headers=header, **body)
+        assert answer.status_code == 401
+        assert answer.headers["www-authenticate"] == "Bearer"
+    right = {"authorization": f"Bearer {token}"}
+    assert ask("POST", "/v1/recommend", token=token, headers=right, **body).status_code == 200
+    assert ask("GET", "/v1/nothing", token=token).status_code == 401
+    for url in ("/healthz", "/readyz", "/docs", "/openapi.json"):
+        assert ask("GET", url, token=token).status_code == 200
+
+
+def test_the_access_log_is_json_and_holds_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="recray.access"):
+        headers = {"x-request-id": "abc-1"}
+        ask("POST", "/v1/recommend", json={"user": "mary", "history": ["pills"]}, headers=headers)
+    line = json.loads(caplog.records[0].getMessage())
+    assert line["request_id"] == "abc-1"
+    assert line["route"] == "/v1/recommend"
+    assert line["status"] == 200
+    assert line["generation"] == "g1"
+    assert line["ms"] > 0
+    assert not any(word in caplog.text for word in ("mary", "pills"))
+
+
+def test_openapi_names_every_route_and_the_docs_load_nothing_else() -> None:
+    document = ask("GET", "/openapi.json").json()
+    assert document["openapi"].startswith("3.1")
+    assert set(document["paths"]) == {
+        "/v1/recommend",
+        "/v1/items/{id}/similar",
+        "/healthz",
+        "/readyz",
+        "/openapi.json",
+        "/docs",
+    }
+    text = json.dumps(document)
+    for name in {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}:
+        assert name in document["components"]["schemas"]
+    page = ask("GET", "/docs")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "/v1/items/{id}/similar" in page.text
+    assert "http://" not in page.text
+    assert "https://" not in page.text
+    assert "src=" not in page.text
