@@ -1,1 +1,1 @@
-
+"""The command line: one file a verb, each parsing its options and calling one function of `recray.api`."""

@@ -1,0 +1,390 @@
+"""The verbs: the same list as the command line, and the only place where the wings meet.
+
+Every verb takes artefacts (opened, or by path or URI) and leaves one; `out` defaults to a folder under
+`runs/` that is named after what it was made from. Wings are imported by the verb that needs them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from recray import composing, manifest, recipes
+from recray.composing import open_any, open_data, target
+from recray.config import as_dict, parse_bytes, parse_duration
+from recray.errors import InputError
+from recray.manifest import Artefact
+
+if TYPE_CHECKING:
+    from recray.bundles.bundle import Answer, Bundle
+    from recray.composing import Source, Where
+    from recray.data.dataset import Dataset
+    from recray.doctor import Check
+    from recray.evaluation import Report
+
+
+def prepare(
+    logs: Where | Sequence[Where],
+    *,
+    items: Where | None = None,
+    users: Where | None = None,
+    links: Where | None = None,
+    columns: Mapping[str, str] | None = None,
+    context: Sequence[str] = (),
+    event_weights: Mapping[str, float] | None = None,
+    valid: Where | None = None,
+    test: Where | None = None,
+    split: Literal["leave-one-out", "time", "none"] = "leave-one-out",
+    dedupe: bool = False,
+    min_weight: float | None = None,
+    workers: int = 0,
+    out: Where | None = None,
+) -> Dataset:
+    """Read interaction logs, check them, map ids to rows, split, and leave a dataset.
+
+    Args:
+        logs: CSV, TSV, Parquet or JSON lines, plain or compressed; paths or URIs.
+        items, users, links: tables of item features, user features, and links between ids.
+        columns: role -> header, or position in a file without a header.
+        context: columns that are carried along with each interaction.
+        event_weights: weight of each kind of event.
+        valid, test: splits that are given; otherwise `split` says how to hold interactions out.
+        dedupe: keep one of equal interactions.
+        min_weight: rows below are left out; by default those not above zero.
+        workers: 0 reads in this process, more on Ray Data.
+        out: default `runs/dataset-<name of the first log>`.
+
+    Raises:
+        InputError: a file or column that cannot be used, or nothing is left to learn from.
+
+    Example: `recray.prepare("events.parquet", columns={"user": "customer", "item": "sku"})`
+    """
+    from recray.data.prepare import prepare as run
+
+    logs = [logs] if isinstance(logs, (str, os.PathLike)) else list(logs)
+    if not logs:
+        raise InputError("no log is given", fix="give at least one file")
+    return run(
+        logs,
+        items=items,
+        users=users,
+        links=links,
+        columns=columns,
+        context=context,
+        event_weights=event_weights,
+        valid=valid,
+        test=test,
+        split=split,
+        dedupe=dedupe,
+        min_weight=min_weight,
+        workers=workers,
+        out=target(out, "dataset", logs[0]),
+    )
+
+
+def train(
+    dataset: Source | Dataset,
+    *,
+    recipe: str = "sasrec",
+    workers: int = 0,
+    gpu: bool = False,
+    set: Sequence[str] = (),
+    out: Where | None = None,
+) -> Artefact:
+    """Train a recipe's model on a dataset and leave a checkpoint; a killed run goes on where it was.
+
+    Args:
+        recipe: a name of `recray.recipes.RECIPES`.
+        workers: 0 trains in this process, more on as many Ray Train workers.
+        gpu: one device a worker.
+        set: changes of the recipe, `("train.epochs=5", "options.dim=128")`.
+        out: default `runs/checkpoint-<recipe>-<dataset>`.
+
+    Raises:
+        ConfigError: an unknown recipe or setting.
+        ArtefactError: `dataset` is none.
+
+    Example: `recray.train("runs/ml100k", recipe="sasrec", workers=2)`
+    """
+    chosen = recipes.recipe(recipe, list(set))
+    from recray.training.run import train as run
+
+    data = open_data(dataset)
+    place = target(out, "checkpoint", recipe, data)
+    return run(data, chosen, workers=workers, gpu=gpu, out=place)
+
+
+def evaluate(
+    artefact: Source | Bundle,
+    *,
+    data: Source | Dataset | None = None,
+    split: Literal["valid", "test"] = "test",
+    baseline: Source | Bundle | None = None,
+) -> Report:
+    """Measure a checkpoint (full ranking) or a bundle (as it is served) on held-out interactions.
+
+    Args:
+        data: default the dataset that the manifest names, its hash checked.
+        baseline: another artefact, asked for the same users; `Report.differences` then holds the
+            paired differences with their 95 % intervals.
+
+    Raises:
+        ArtefactError: altered, of another kind, or its dataset is not there.
+        InputError: the dataset has no such split.
+
+    Example: `recray.evaluate("runs/sasrec", baseline="runs/popularity").means["ndcg@10"]`
+    """
+    measured = open_any(artefact, "checkpoint", "bundle")
+    dataset = open_data(data, measured)
+    report = composing.measure(measured, dataset, split)
+    if baseline is None:
+        return report
+    other = composing.measure(open_any(baseline, "checkpoint", "bundle"), dataset, split, beyond=False)
+    differences = {name: report.against(other, name) for name in other.values}
+    return dataclasses.replace(report, differences=differences)
+
+
+def tune(
+    dataset: Source | Dataset,
+    *,
+    recipe: str = "sasrec",
+    space: Sequence[str],
+    metric: str = "ndcg@10",
+    trials: int = 10,
+    set: Sequence[str] = (),
+    seed: int = 0,
+    workers: int = 0,
+    out: Where | None = None,
+) -> Artefact:
+    """Search a recipe's settings on the validation split; leave every trial and the best checkpoint.
+
+    Args:
+        space: `("train.lr=1e-4..1e-2@log", "options.dim=32,64")`, ranges and choices of settings.
+        metric: what the best has most of (of losses and errors: least of).
+        set: changes of the recipe that all trials share.
+        workers: trials at once on Ray Tune; 0 runs them here, one after the other.
+        out: default `runs/search-<recipe>-<dataset>`; the checkpoint is in its folder `best`.
+
+    Raises:
+        ConfigError: an unknown recipe, setting or metric, or a space that cannot be read.
+
+    Example: `recray.tune("runs/ml100k", recipe="ials", space=["options.dim=32..128"], trials=8)`
+    """
+    chosen = recipes.recipe(recipe, list(set))
+    from recray.tuning.recipes import search_recipe
+
+    data = open_data(dataset)
+    return search_recipe(
+        composing.Fit(chosen, str(data.artefact.place), metric),
+        space,
+        dataset=data.artefact,
+        given=as_dict(chosen),
+        metric=metric,
+        trials=trials,
+        seed=seed,
+        workers=workers,
+        out=target(out, "search", recipe, data),
+    )
+
+
+def compress(
+    checkpoint: Source,
+    *,
+    ranker: Source | None = None,
+    data: Source | Dataset | None = None,
+    p99: str,
+    size: str,
+    trials: int = 20,
+    seed: int = 0,
+    workers: int = 1,
+    out: Where | None = None,
+) -> Artefact:
+    """Search smaller forms of a model under a latency and a size budget; every latency is measured.
+
+    Args:
+        checkpoint: a retriever's; `ranker`, if any, is searched together with it.
+        p99: "10ms", the 99th percentile of answering one user after the other on one core.
+        size: "64MB" for tables, graphs and index.
+        trials: how many plans are built and measured; finished ones are never repeated.
+        workers: trials at once on Ray Tune; 0 runs them in this process.
+        out: default `runs/search-<checkpoint>`.
+
+    Raises:
+        BudgetError: nothing that was tried fits; the search is left all the same.
+        ConfigError: a budget that cannot be read, or a model with nothing to compress.
+
+    Example: `recray.compress("runs/sasrec", p99="10ms", size="64MB")`
+    """
+    p99_s, size_bytes = parse_duration(p99, what="p99"), parse_bytes(size, what="size")
+    from recray.tuning.compress import search_compress
+
+    retriever = open_any(checkpoint, "checkpoint")
+    return search_compress(
+        retriever,
+        None if ranker is None else open_any(ranker, "checkpoint"),
+        open_data(data, retriever),
+        p99_s=p99_s,
+        size_bytes=size_bytes,
+        trials=trials,
+        seed=seed,
+        workers=workers,
+        out=target(out, "search", retriever),
+    )
+
+
+def bundle(
+    source: Source,
+    *,
+    trial: str | None = None,
+    ranker: Source | None = None,
+    data: Source | Dataset | None = None,
+    out: Where | None = None,
+) -> Bundle:
+    """Pack all that a replica needs to answer into one immutable folder, and open it.
+
+    Args:
+        source: a retriever's checkpoint, packed as it was trained, or a search by `compress` (its
+            chosen trial) or `tune` (its best checkpoint).
+        trial: another trial of a search by `compress`: its hash, the start of it, or its number.
+        ranker: the checkpoint behind a retriever's; a search has its own.
+        data: default the dataset that the manifest names, its hash checked.
+        out: default `runs/bundle-<source>`.
+
+    Raises:
+        ArtefactError: altered, of another kind, or what it was made from is not there.
+        ConfigError: models that do not fit each other or the dataset.
+
+    Example: `recray.bundle("runs/small").recommend(user="196", k=10)`
+    """
+    from recray.bundles.build import build
+
+    found = open_any(source, "checkpoint", "search")
+    plan, retriever, behind = composing.packed(found, trial, ranker)
+    return build(target(out, "bundle", found), retriever, behind, open_data(data, retriever), plan)
+
+
+def recommend(
+    bundle: Source | Bundle,
+    *,
+    user: str | None = None,
+    history: Sequence[str] | None = None,
+    users: Where | Sequence[str] | None = None,
+    k: int = 10,
+    workers: int = 0,
+    out: Where | None = None,
+) -> Answer | Artefact:
+    """The k best items for one user or history, or an artefact with those of many users.
+
+    Args:
+        user: an id of the dataset; one nobody knows gets what is popular.
+        history: item ids, oldest first, in place of a user's own.
+        users: ids, or a file with one a line (or a Parquet column `user`); the answers go to `out`.
+        workers: of `users` only: 0 answers in this process, more in as many Ray tasks.
+        out: of `users` only: default `runs/recommendations-<bundle>`.
+
+    Raises:
+        InputError: not exactly one of user, history and users, or k below 1.
+
+    Example: `recray.recommend("runs/bundle", history=["50", "181"], k=5).items[0].item`
+    """
+    if sum(given is not None for given in (user, history, users)) != 1:
+        raise InputError("nobody to answer", fix="give one of user, history and users")
+    opened = composing.open_bundle(bundle)
+    if users is None:
+        return opened.recommend(user=user, history=history, k=k)
+    from recray.bundles.many import recommend_many
+
+    place = target(out, "recommendations", opened)
+    if not workers:
+        return recommend_many(opened, users, k=k, out=place)
+    from recray.data.on_ray import mapping
+
+    with mapping(workers) as block_map:
+        return recommend_many(opened, users, k=k, out=place, block_map=block_map)
+
+
+def serve(
+    bundle: Source | Bundle,
+    *,
+    config: Where | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    token_file: Where | None = None,
+    address: str | None = None,
+) -> None:
+    """Answer over HTTP from a Ray Serve application, until Ctrl-C or SIGTERM; then stop it.
+
+    Args:
+        config: a Serve config, see `deployments/serve`; its bundle, host and port do not count.
+        host: beyond loopback only with a token.
+        port: 0 takes a free one; the address is said on standard error.
+        token, token_file: what clients must send as a bearer token; also `$RECRAY_TOKEN`.
+        address: of a Ray cluster; by default $RAY_ADDRESS, else one is started for as long.
+
+    Raises:
+        InputError: the port is busy, or the host is open to others without a token.
+        ArtefactError: no bundle.
+
+    Example: `recray.serve("runs/bundle", port=8000)`
+    """
+    from recray.serving import auth
+
+    found = auth.find_token(token, None if token_file is None else os.fspath(token_file))
+    where = open_any(bundle, "bundle").place.uri
+    from recray.serving.on_ray import run
+
+    given = None if config is None else os.fspath(config)
+    run(where, config=given, host=host, port=port, token=found, address=address)
+
+
+def demo(out: Where = "demo-out", *, quick: bool = False) -> dict[str, Any]:
+    """Run the whole path on a synthetic world and leave `report.json` and `report.html` in `out`.
+
+    Args:
+        quick: a smaller world and fewer trials.
+
+    Returns: what `report.json` holds.
+
+    Example: `recray.demo("demo-out", quick=True)["http"]["after"]["p99_ms"]`
+    """
+    import sys
+
+    from recray import demonstration
+
+    return demonstration.run(sys.modules[__name__], out, quick=quick)
+
+
+def show(artefact: Source | Bundle | Dataset) -> dict[str, Any]:
+    """What an artefact is: its manifest and its lineage, as JSON. Every file's hash is checked.
+
+    Raises:
+        ArtefactError: missing or altered.
+
+    Example: `recray.show("runs/sasrec")["recipe"]["train"]["lr"]`
+    """
+    found = open_any(artefact)
+    told = dataclasses.asdict(found.manifest)
+    return {
+        "path": str(found.place),
+        **{key: told[key] for key in ("kind", "hash", "created", "recipe", "report")},
+        "lineage": manifest.lineage(found),
+        "files": told["files"],
+        "versions": told["versions"],
+    }
+
+
+def doctor(*, ray: bool = False, port: int = 8000) -> list[Check]:
+    """Look at this machine and say what would stop recray from working here.
+
+    Args:
+        ray: also start a cluster, run one task on it and stop it (about ten seconds).
+        port: where a server would listen.
+
+    Example: `all(check.verdict != "fail" for check in recray.doctor())`
+    """
+    from recray.doctor import examine
+
+    return examine(ray=ray, port=port)

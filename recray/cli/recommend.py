@@ -1,0 +1,46 @@
+"""Answer for one user or history without Ray, or for a file of users into Parquet."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+
+from recray.cli.output import Output, made
+from recray.cli.parsing import out_option, workers_option
+from recray.cli.text import table
+from recray.cli.words import at_least, names
+
+EXAMPLE = "recray recommend runs/bundle --history 50,181,258 -k 5"
+
+
+def options(parser: ArgumentParser) -> None:
+    """Declare the verb's options."""
+    parser.add_argument("bundle", metavar="BUNDLE", help="what `recray bundle` left")
+    who = parser.add_mutually_exclusive_group(required=True)
+    who.add_argument("--user", metavar="ID", help="a user of the dataset")
+    who.add_argument("--history", type=names, metavar="A,B,C", help="items, oldest first")
+    who.add_argument("--users", metavar="FILE", help="one user id a line; the answers go to --out")
+    parser.add_argument("-k", type=at_least(1), default=10, metavar="N", help="items a user (default 10)")
+    workers_option(parser, "Ray workers for --users")
+    out_option(parser, "runs/recommendations-BUNDLE, only with --users")
+
+
+def run(given: Namespace) -> Output:
+    """Call the verb."""
+    import dataclasses
+
+    from recray import api
+    from recray.manifest import Artefact
+
+    answer = api.recommend(
+        given.bundle,
+        user=given.user,
+        history=given.history,
+        users=given.users,
+        k=given.k,
+        workers=given.workers,
+        out=given.out,
+    )
+    if isinstance(answer, Artefact):
+        return made(answer)
+    rows = [(item.item, item.score, item.source) for item in answer.items]
+    return Output(table(rows, ("item", "score", "source")), dataclasses.asdict(answer))

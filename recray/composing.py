@@ -1,0 +1,128 @@
+"""What the verbs share: open what they were given, name what they leave, join two wings.
+
+Only `api.py` imports this; it lies above the wings, so that it may hand one what another can do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from recray import config, manifest, recipes, storage
+from recray.errors import InputError
+from recray.manifest import Artefact
+
+if TYPE_CHECKING:
+    from recray.bundles.bundle import Bundle
+    from recray.bundles.plan import Plan
+    from recray.data.dataset import Dataset
+    from recray.evaluation import Report, TopK
+
+Where: TypeAlias = "str | os.PathLike[str]"
+Source: TypeAlias = "Where | Artefact"
+
+
+def open_data(source: Source | Dataset | None, parent_of: Artefact | None = None) -> Dataset:
+    """The dataset that was given; without one, the dataset that an artefact's manifest names."""
+    from recray.data.dataset import Dataset, open_dataset
+
+    if isinstance(source, Dataset):
+        return source
+    if source is None:
+        assert parent_of is not None
+        source = manifest.open_parent(parent_of, "dataset")
+    return open_dataset(source.place if isinstance(source, Artefact) else source)
+
+
+def open_bundle(source: Source | Bundle) -> Bundle:
+    """A bundle, opened already or by its place."""
+    from recray.bundles.bundle import Bundle
+    from recray.bundles.bundle import open_bundle as opened
+
+    if isinstance(source, Bundle):
+        return source
+    return opened(source.place if isinstance(source, Artefact) else source)
+
+
+def open_any(source: Any, *kinds: str) -> Artefact:
+    """Opened and every hash checked; an opened Dataset or Bundle gives its own."""
+    source = getattr(source, "artefact", source)
+    return manifest.open_artefact(source.place if isinstance(source, Artefact) else source, *kinds)
+
+
+def target(out: Where | None, kind: str, *after: Any) -> storage.Place:
+    """`out`, or `runs/<kind>-<names of what the result is made from>`."""
+    if out is not None:
+        return storage.place(out)
+    return storage.place(os.path.join("runs", "-".join([kind, *map(_name, after)])))
+
+
+def measure(artefact: Artefact, dataset: Dataset, split: str, *, beyond: bool = True) -> Report:
+    """A checkpoint by full ranking, or a bundle as it is served, on one split of a dataset."""
+    from recray import evaluation
+
+    if not dataset.has_split(split):
+        raise InputError(f"has no {split} split", where=dataset.artefact.place, fix="prepare it with one")
+    catalogue = evaluation.beyond_of(dataset) if beyond else None
+    return evaluation.evaluate(_top_k(artefact), dataset.cases(split), catalogue=catalogue)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """What `tune` asks of the training wing: a checkpoint at a place, and its validation metrics."""
+
+    recipe: recipes.Recipe
+    dataset: str
+    metric: str
+
+    def __call__(self, point: Mapping[str, Any], where: storage.Place) -> Mapping[str, float]:
+        from recray.training.run import train
+
+        words = [f"train.metric={self.metric}", *(f"{key}={value}" for key, value in point.items())]
+        data = open_data(self.dataset)
+        made = train(data, config.override(self.recipe, words), out=where)
+        return measure(made, data, "valid", beyond=False).means
+
+
+def packed(
+    found: Artefact, trial: str | None, ranker: Source | None
+) -> tuple[Plan | None, Artefact, Artefact | None]:
+    """What a bundle of a checkpoint or search is made of: plan, retriever and ranker checkpoints."""
+    if found.manifest.recipe.get("search") == "compress":
+        from recray.tuning.chosen import plan_of_trial
+
+        if ranker is not None:
+            raise InputError("has its own ranker, or none", where=found.place, fix="leave --ranker out")
+        roles = ("checkpoint", "ranker") if "ranker" in found.manifest.parents else ("checkpoint",)
+        models = [open_any(manifest.open_parent(found, role), "checkpoint") for role in roles]
+        return plan_of_trial(found, trial), models[0], models[1] if models[1:] else None
+    if trial is not None:
+        raise InputError("keeps no trial to choose", where=found.place, fix="leave --trial out")
+    if found.manifest.kind == "search":
+        found = manifest.open_artefact(found.place / "best", "checkpoint")
+    return None, found, None if ranker is None else open_any(ranker, "checkpoint")
+
+
+def _top_k(artefact: Artefact) -> TopK:
+    from recray import evaluation
+
+    if artefact.manifest.kind == "bundle":
+        return evaluation.recommender_top_k(open_bundle(artefact).recommender)
+    from recray.models.base import Ranker, Retriever
+    from recray.models.saved import load_model
+
+    model = load_model(artefact)
+    assert isinstance(model, (Retriever, Ranker))
+    return evaluation.model_top_k(model)
+
+
+def _name(source: Any) -> str:
+    """The bare name of what a result is made from: no folder, kind or extension."""
+    artefact = getattr(source, "artefact", source)
+    place = artefact.place if isinstance(artefact, Artefact) else storage.place(artefact)
+    name = place.name
+    for kind in manifest.KINDS:
+        name = name.removeprefix(f"{kind}-")
+    return name.split(".")[0] or "unnamed"

@@ -1,0 +1,67 @@
+"""`ray job submit` to the cluster of cluster/local: train, and read the checkpoint back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from recray.data.dataset import Dataset
+from recray.manifest import open_artefact
+from recray.models.saved import load_model
+
+pytestmark = [
+    pytest.mark.ray_cluster,
+    pytest.mark.skipif(sys.platform != "linux", reason="several local raylets need Linux"),
+]
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """The environment of a client of a fresh local cluster."""
+    state = Path(f"/tmp/recray-test-{os.getpid()}")  # short: sockets lie in it
+    env = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    env |= {"RECRAY_CLUSTER": str(state), "PYTHON": sys.executable, "CPUS": "1"}
+    try:
+        up = subprocess.run(
+            [ROOT / "cluster/local/up.sh"], env=env, capture_output=True, text=True, timeout=200
+        )
+        assert up.returncode == 0, up.stderr
+        lines = Path(up.stdout.strip()).read_text().splitlines()
+        given = (line.removeprefix("export ").partition("#")[0].strip() for line in lines)
+        yield {**env, **dict(word.split("=", 1) for word in given)}
+    finally:
+        pids = [int(p) for p in (state / "pids").read_text().split()] if (state / "pids").exists() else []
+        subprocess.run([ROOT / "cluster/local/down.sh"], env=env, check=True, timeout=60)
+        left = [
+            p for p in psutil.process_iter(["cmdline"]) if str(state) in " ".join(p.info["cmdline"] or ())
+        ]
+        shutil.rmtree(state)
+        assert pids
+        assert not left
+        assert not (state / "token").exists()
+
+
+def test_a_submitted_job_trains(cluster: dict[str, str], ring: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "checkpoint"
+    words = ["--recipe", "sasrec", "--workers", "2", "--set", "train.epochs=2", "--set", "options.dim=8"]
+    job = [ROOT / "cluster/jobs/train.sh", ring.artefact.place.uri, *words, "--out", out]
+    done = subprocess.run(job, env=cluster, capture_output=True, text=True, timeout=280, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    made = open_artefact(out, "checkpoint")
+    assert len(made.manifest.report["history"]) == 2
+    assert load_model(made).n_items == ring.n_items
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
+    # a bad run is a job that fails, with the line a person needs in its log
+    bad = [ROOT / "cluster/jobs/train.sh", ring.artefact.place.uri, "--recipe", "sasrek", "--out", out]
+    done = subprocess.run(bad, env=cluster, capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0
+    assert "did you mean 'sasrec'" in done.stdout + done.stderr

@@ -1,0 +1,144 @@
+"""The verbs over stand-in artefacts: defaults, what they refuse, and how a search becomes a bundle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import recray
+from recray import api, composing
+from recray.bundles.plan import Plan
+from recray.errors import ArtefactError, ConfigError, InputError
+from recray.manifest import Artefact, write_artefact
+from recray.tuning.chosen import plan_of_trial
+
+TRIALS = {
+    "aa11": {"number": 1, "error": None, "detail": {"plan": {"retriever_codec": "f32"}}},
+    "aa22": {"number": 2, "error": None, "detail": {"plan": {"retriever_codec": "int8", "candidates": 50}}},
+    "bb33": {"number": 3, "error": "it broke", "detail": {}},
+}
+
+
+def _artefact(out: Path, kind: str, **options: Any) -> Artefact:
+    return write_artefact(out, kind, lambda _: None, **options)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Artefact:
+    data = _artefact(tmp_path / "data", "dataset")
+    return _artefact(tmp_path / "model", "checkpoint", parents={"dataset": data})
+
+
+def _search(out: Path, checkpoint: Artefact, chosen: str | None = "aa22") -> Artefact:
+    def fill(folder: Path) -> Mapping[str, Any]:
+        (folder / "trials").mkdir()
+        for name, trial in TRIALS.items():
+            (folder / "trials" / f"{name}.json").write_text(json.dumps(trial))
+        return {"chosen": {"trial": chosen}}
+
+    return write_artefact(
+        out, "search", fill, recipe={"search": "compress"}, parents={"checkpoint": checkpoint}
+    )
+
+
+def test_the_chosen_trial_gives_the_plan(tmp_path: Path, checkpoint: Artefact) -> None:
+    search = _search(tmp_path / "search", checkpoint)
+    plan, retriever, ranker = composing.packed(search, None, None)
+    assert (plan, retriever.hash, ranker) == (
+        Plan(retriever_codec="int8", candidates=50),
+        checkpoint.hash,
+        None,
+    )
+    assert plan_of_trial(search, "aa1") == plan_of_trial(search, "1") == Plan()
+
+
+@pytest.mark.parametrize(
+    ("trial", "said"),
+    [
+        ("aa", "means several trials"),
+        ("cc", "no trial"),
+        ("9", "no trial"),
+        ("bb33", r"trial 3 failed \(it broke"),
+    ],
+)
+def test_a_trial_must_be_one_that_worked(tmp_path: Path, checkpoint: Artefact, trial: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        plan_of_trial(_search(tmp_path / "search", checkpoint), trial)
+
+
+def test_a_search_that_found_nothing_is_told(tmp_path: Path, checkpoint: Artefact) -> None:
+    search = _search(tmp_path / "search", checkpoint, chosen=None)
+    with pytest.raises(InputError, match="no trial fits the budget"):
+        plan_of_trial(search)
+    assert plan_of_trial(search, "2").retriever_codec == "int8"
+
+
+def test_what_does_not_go_together_is_refused(tmp_path: Path, checkpoint: Artefact) -> None:
+    search = _search(tmp_path / "search", checkpoint)
+    with pytest.raises(InputError, match="own ranker"):
+        composing.packed(search, None, checkpoint)
+    with pytest.raises(InputError, match="no trial to choose"):
+        composing.packed(checkpoint, "1", None)
+    with pytest.raises(ArtefactError, match="is a search, not a bundle"):
+        api.recommend(search, user="u")
+
+
+def test_results_are_named_after_what_they_are_made_from(
+    tmp_path: Path, checkpoint: Artefact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = [
+        composing.target(None, "dataset", "logs/events.csv.gz"),
+        composing.target(None, "search", "runs/checkpoint-sasrec-ml"),
+        composing.target(None, "bundle", checkpoint),
+        composing.target(None, "checkpoint", "ials", "runs/dataset-ml/"),
+        composing.target("there", "bundle", checkpoint),
+    ]
+    names = [
+        "runs/dataset-events",
+        "runs/search-sasrec-ml",
+        "runs/bundle-model",
+        "runs/checkpoint-ials-ml",
+        "there",
+    ]
+    assert [place.local for place in named] == [tmp_path / name for name in names]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"user": "a", "history": ["b"]}, {"user": "a", "users": "file"}],
+    ids=["nobody", "two", "both"],
+)
+def test_recommend_wants_exactly_one(given: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="give one of user, history and users"):
+        api.recommend("nowhere", **given)
+
+
+def test_mistakes_are_found_before_anything_is_opened(tmp_path: Path) -> None:
+    for call, said in [
+        (lambda: api.train("nowhere", recipe="sasrek"), "did you mean 'sasrec'"),
+        (
+            lambda: api.train("nowhere", recipe="sasrec", set=["train.epoch=1"]),
+            "unknown setting 'train.epoch'",
+        ),
+        (lambda: api.compress("nowhere", p99="10", size="1MB"), "p99 '10' has no unit"),
+        (lambda: api.compress("nowhere", p99="10ms", size="-1MB"), "size '-1MB'"),
+        (lambda: api.tune("nowhere", recipe="x", space=[]), "unknown recipe 'x'"),
+    ]:
+        with pytest.raises(ConfigError, match=said):
+            call()
+    with pytest.raises(InputError, match="no log is given"):
+        api.prepare([])
+    with pytest.raises(ArtefactError, match="is not there"):
+        recray.evaluate(tmp_path / "none")
+
+
+def test_show_tells_the_lineage(checkpoint: Artefact) -> None:
+    told = api.show(checkpoint)
+    assert told["kind"] == "checkpoint"
+    assert [row["role"] for row in told["lineage"]] == ["dataset"]
+    assert json.loads(json.dumps(told)) == told
