@@ -47,7 +47,7 @@ class Pool(nn.Module):
         self.max_len = max_len
         ages = torch.arange(max_len, dtype=torch.float32)
         self.log_weights = nn.Parameter(-torch.tensor(_FORGET).unsqueeze(1) * ages)  # [G, max_len]
-        self.empty = nn.Parameter(torch.full((dim,), 0.1))
+        self.empty = nn.Parameter(torch.ones(dim))  # so that an item's bias is learned fast
 
     def forward(self, x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         """x newest first, mask 1.0 where real -> [B, D]."""

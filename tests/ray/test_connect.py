@@ -22,7 +22,7 @@ from recray import connect
 for _ in range(2):
     with connect.session(num_cpus=1) as address:
         import psutil, ray
-        assert ray.get(ray.remote(os.getpid).remote()) != os.getpid()
+        assert ray.get(ray.remote(lambda: os.getpid()).remote()) != os.getpid()
         tree = psutil.Process().children(recursive=True)
         open_ports = [c for p in tree for c in p.net_connections("tcp") if c.status == "LISTEN"]
         assert len(open_ports) > 3, "nothing listens, so nothing is shown"
@@ -72,6 +72,10 @@ def test_nothing_outlives_the_process(number: signal.Signals) -> None:
         assert process.stdout.readline() == "up\n"
         tree = psutil.Process(process.pid).children(recursive=True)
         assert any(p.name() == "raylet" for p in tree)
+        if (
+            number == signal.SIGKILL
+        ):  # Ray's agents leave when they cannot tell their head of it, a minute later
+            tree = [p for p in tree if "Agent" not in " ".join(p.cmdline())]
         process.send_signal(number)
         process.wait(60)
     finally:
