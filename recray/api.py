@@ -174,11 +174,15 @@ def tune(
     """
     chosen = recipes.recipe(recipe, list(set))
     from recray.tuning.recipes import search_recipe
+    from recray.tuning.space import Space
 
+    parsed = Space.parse(space)
     data = open_data(dataset)
+    fit = composing.Fit(chosen, str(data.artefact.place), metric)
+    composing.check_search(fit, parsed)
     return search_recipe(
-        composing.Fit(chosen, str(data.artefact.place), metric),
-        space,
+        fit,
+        parsed,
         dataset=data.artefact,
         given=as_dict(chosen),
         metric=metric,

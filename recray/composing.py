@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from recray.bundles.plan import Plan
     from recray.data.dataset import Dataset
     from recray.evaluation import Report, TopK
+    from recray.tuning.space import Space
 
 Where: TypeAlias = "str | os.PathLike[str]"
 Source: TypeAlias = "Where | Artefact"
@@ -53,10 +54,17 @@ def open_any(source: Any, *kinds: str) -> Artefact:
 
 
 def target(out: Where | None, kind: str, *after: Any) -> storage.Place:
-    """`out`, or `runs/<kind>-<names of what the result is made from>`."""
-    if out is not None:
-        return storage.place(out)
-    return storage.place(os.path.join("runs", "-".join([kind, *map(_name, after)])))
+    """`out`, or `runs/<kind>-<names of what the result is made from>`; refused where another kind lies."""
+    if out is None:
+        return storage.place(os.path.join("runs", "-".join([kind, *map(_name, after)])))
+    where = storage.place(out)
+    try:
+        there = manifest.open_artefact(where, verify=False).manifest.kind
+    except InputError:  # nothing, or nothing that can be read: `check_writable` judges it
+        return where
+    if there != kind:
+        raise InputError(f"holds a {there}, not an older {kind}", where=where, fix="choose another --out")
+    return where
 
 
 def measure(artefact: Artefact, dataset: Dataset, split: str, *, beyond: bool = True) -> Report:
@@ -84,6 +92,19 @@ class Fit:
         data = open_data(self.dataset)
         made = train(data, config.override(self.recipe, words), out=where)
         return measure(made, data, "valid", beyond=False).means
+
+
+def check_search(fit: Fit, space: Space) -> None:
+    """Raise ConfigError, before any trial, for a setting or a metric that no trial could use."""
+    from recray.metrics.ranking import NAMES
+    from recray.training.run import resolve
+
+    if fit.metric.partition("@")[0] not in NAMES:
+        raise config.unknown_name("metric", fit.metric, [f"{name}@10" for name in NAMES])
+    for name, dimension in space.dimensions.items():
+        ends = (dimension.tidy(dimension.low), dimension.tidy(dimension.high))
+        for value in dimension.choices or ends:
+            resolve(config.override(fit.recipe, [f"{name}={value}"]))
 
 
 def packed(

@@ -124,7 +124,7 @@ def open_artefact(uri: str | os.PathLike[str] | Place, *kinds: str, verify: bool
     Raises ArtefactError for a folder that is missing, altered, or none of `kinds`.
     """
     where = place(uri)
-    want = " or ".join(kinds) or "artefact"
+    want = " or ".join(kinds) or "recray artefact"
     try:
         manifest = _read((where / MANIFEST).read_bytes())
     except (FileNotFoundError, NotADirectoryError):

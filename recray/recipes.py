@@ -65,9 +65,8 @@ def sasrec() -> Recipe:
 
 def neumf() -> Recipe:
     """Neural matrix factorization over the history; the first ranker."""
-    return Recipe(
-        name="neumf", model="neumf", options={"dim": 32}, train=Train(epochs=20, batch_size=64, lr=2e-3)
-    )
+    training = Train(epochs=15, batch_size=32, lr=5e-3)
+    return Recipe(name="neumf", model="neumf", options={"dim": 32, "negatives": 256}, train=training)
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {

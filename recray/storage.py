@@ -7,9 +7,12 @@ there files go up first and `manifest.json` last, so a folder without a manifest
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from pyarrow import NativeFile
 
 MANIFEST = "manifest.json"
+FRESH_S = 2.0  # age at which a scratch folder has its lock, if it will ever have one
 _COPY = 8 << 20  # bytes a copy moves at a time
 
 
@@ -135,13 +139,32 @@ def staged(out: str | os.PathLike[str] | Place) -> Iterator[Path]:
         return
     final = target.local
     final.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(final)
     scratch_path = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
+    held = os.open(scratch_path, os.O_RDONLY)
     try:
+        with contextlib.suppress(OSError):  # a file system without locks: what a kill leaves stays there
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield scratch_path
         scratch_path.chmod(0o755)
         _swap(scratch_path, final)
     finally:
+        os.close(held)
         shutil.rmtree(scratch_path, ignore_errors=True)
+
+
+def _sweep(final: Path) -> None:
+    """Remove the scratch folders of `final` that killed processes left: nobody holds their lock."""
+    for left in final.parent.glob(f".{glob.escape(final.name)}.????????.partial"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime < FRESH_S:
+                continue
+            held = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+            finally:
+                os.close(held)
 
 
 def check_writable(out: str | os.PathLike[str] | Place) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -9,6 +10,11 @@ import traceback
 from typing import NoReturn
 
 from recray.errors import RecrayError
+
+_OF_THE_USER = {  # a path that cannot be used as it was given
+    errno.ENOENT, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EROFS,
+    errno.ELOOP,
+}  # fmt: skip
 
 
 class Terminated(BaseException):
@@ -35,7 +41,7 @@ def failed(error: BaseException) -> int:
         return 1
     if isinstance(error, RecrayError):
         return _say(str(error), error.exit_code)
-    if isinstance(error, (FileNotFoundError, PermissionError)):
+    if isinstance(error, OSError) and error.filename is not None and error.errno in _OF_THE_USER:
         return _say(f"{error.filename}: {error.strerror}", 2)
     if os.environ.get("RECRAY_TRACEBACK"):
         traceback.print_exception(error)
@@ -44,5 +50,6 @@ def failed(error: BaseException) -> int:
 
 
 def _say(words: str, status: int) -> int:
-    print("recray: error:", *words.split(), file=sys.stderr, flush=True)
+    told = " ".join(words.split())  # one line; and no control character of a file reaches the terminal
+    print("recray: error:", "".join(c if c.isprintable() else "?" for c in told), file=sys.stderr, flush=True)
     return status

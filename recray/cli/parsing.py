@@ -31,7 +31,7 @@ def out_option(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--out",
         metavar="DIR",
-        help=f"folder or URI of the result (default {default}); an older artefact there is replaced",
+        help=f"folder or URI of the result (default {default}); an older one of its kind there is replaced",
     )
     json_option(parser)
 

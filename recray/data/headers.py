@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -104,8 +105,8 @@ def has_fractions(times: Sequence[str]) -> bool:
 
 def time_unit(values: Sequence[str]) -> Unit:
     """Seconds, milli-, micro- or nanoseconds since 1970 by their size; ISO text where most are no numbers."""
-    numbers = [abs(float(v)) for v in values if is_number(v)]
-    if not values or len(numbers) < len(values) / 2:
+    numbers = [abs(float(v)) for v in values if is_number(v) and math.isfinite(float(v))]
+    if not numbers or len(numbers) < len(values) / 2:
         return "iso" if values else "s"
     middle = float(np.median(numbers))
     limits: list[tuple[float, Unit]] = [(1e11, "s"), (1e14, "ms"), (1e17, "us")]

@@ -187,12 +187,18 @@ class _Dropper:
         if count:
             row = int(np.argmax(fresh))
             value = self.raw.table.column(role)[row].as_py()
-            self.problems[reason] = self._problem(count, self.raw.row_of(row), f"{role} {str(value)[:60]!r}")
+            shown = value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
+            self.problems[reason] = self._problem(count, self.raw.row_of(row), f"{role} {shown[:60]!r}")
         self.dropped = bad if self.dropped is None else self.dropped | bad
 
     def _problem(self, count: int, row: int, example: str) -> Problem:
         line = self.raw.lines_before + readers.line_of(self.raw, self.span.source, row)
-        return Problem(count, line, example, self.span)
+        return Problem(count, line, _printable(example), self.span)
+
+
+def _printable(text: str) -> str:
+    """On one line, without control characters."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
 
 
 def _compact(column: Any, keep: NDArray[np.bool_] | None) -> Coded:

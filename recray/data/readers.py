@@ -24,6 +24,7 @@ from recray.data.formats import Source
 from recray.data.spans import Span, texts
 from recray.errors import InputError
 
+_REPAIRS = 20  # unclosed quotes of one block whose line is read without them
 _CODED = pa.dictionary(pa.int32(), pa.string())
 
 
@@ -119,13 +120,20 @@ def _read_delimited(source: Source, text: bytes) -> Raw:
 
     if not text.strip():
         return Raw(_by_role(source, None), 0)
-    try:
-        table = read(_types(source))
-    except pa.ArrowInvalid:
+    for left in range(_REPAIRS, -1, -1):
         try:
-            table = read(dict.fromkeys(source.columns.values(), pa.binary()), utf8=False)
-        except pa.ArrowInvalid as error:
-            raise InputError(f"cannot be read ({str(error)[:200]})", where=source.place) from None
+            table = read(_types(source))
+        except pa.ArrowInvalid:
+            try:
+                table = read(dict.fromkeys(source.columns.values(), pa.binary()), utf8=False)
+            except pa.ArrowInvalid as error:
+                raise InputError(f"cannot be read ({str(error)[:200]})", where=source.place) from None
+        line = _unclosed(source, text, bad) if left and source.quoted else None
+        if line is None:
+            break
+        lines = text.splitlines(keepends=True)
+        lines[line] = lines[line].replace(b'"', b"")
+        text = b"".join(lines)
     broken = {}
     if bad:
         bad = [(number - 1, words) for number, words in bad]
@@ -133,6 +141,23 @@ def _read_delimited(source: Source, text: bytes) -> Raw:
     return Raw(
         _by_role(source, table), table.num_rows + len(bad), broken, text, frozenset(row for row, _ in bad)
     )
+
+
+def _unclosed(source: Source, text: bytes, bad: list[tuple[int, str]]) -> int | None:
+    """The 0-based line whose quote is never closed, or only by another row's: it hides rows that are good."""
+    for number, words in bad:
+        if "\n" in words.rstrip("\r\n"):
+            return _line_in(text, number - 1, source)
+    if text.count(b'"') % 2 == 0:
+        return None
+    at, inside = 0, False
+    for number, line in enumerate(io.BytesIO(text)):
+        if line.count(b'"') % 2:
+            inside = not inside
+            at = number if inside else at
+    opened = text.splitlines()[at]
+    starts = opened.startswith(b'"') or source.separator.encode() + b'"' in opened
+    return at if starts else None  # a quote inside a field is a character like any other
 
 
 def _read_sequences(source: Source, text: bytes) -> Raw:

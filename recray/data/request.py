@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -90,6 +91,8 @@ class Tally:
 
     def check(self, left: int, where: object) -> None:
         """Refuse a log of which nothing is left, or most lines do not even parse."""
+        if not self.rows:
+            raise InputError("has no rows below its header", where=where)
         if not left:
             raise InputError(f"nothing is left of {self.rows} rows: {self.reasons()}", where=where)
         broken = sum(
@@ -106,6 +109,9 @@ class Tally:
 
 def inspect(logs: Any, options: Options) -> Request:
     """Check the options, look at every file, and fingerprint the inputs. Raises InputError."""
+    for name, number in (("min-weight", options.min_weight), *options.event_weights.items()):
+        if number is not None and not math.isfinite(number):
+            raise InputError(f"{name} is {number}", fix="give a finite number")
     if options.split not in splits.METHODS:
         raise config.unknown_name("split", options.split, splits.METHODS)
     given = options.valid is not None or options.test is not None

@@ -25,6 +25,7 @@ Shapes: U users, N items, D dims, B rows solved together, n items of each.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,11 +35,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from recray.data.sequences import Histories
+from recray.errors import ConfigError
 from recray.models.base import Catalogue, ModelConfig, Retriever
 from recray.models.embeddings import DenseTable
 
 if TYPE_CHECKING:
     from recray.data.dataset import Dataset
+
+Group = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
 
 _FLOATS = 1 << 22  # of the gathered rows, or of the systems, of one group
 
@@ -63,6 +67,8 @@ class IALS(Retriever):
 
     def __init__(self, catalogue: Catalogue, config: IALS.Config) -> None:
         super().__init__(catalogue, config)
+        if config.dim < 1 or config.sweeps < 1:
+            raise ConfigError("dim and sweeps must be at least 1", where="options")
         self.tables["item"] = DenseTable(catalogue.n_items, config.dim, std=config.std * config.dim**-0.5)
         self.gram: Tensor  # a H^T H of the trained items, float32[D, D]
         self.register_buffer("gram", torch.zeros(config.dim, config.dim))
@@ -126,15 +132,34 @@ def solve(
     rotated = nn.functional.pad(vectors @ basis_DD, (0, 0, 0, 1))
     unit = bool((weights == 1).all())
     solved: Tensor = torch.zeros(len(indptr) - 1, dim)
-    for rows, at, mask in groups(indptr, dim):
+
+    def one(group: Group) -> Tensor:
+        rows, at, mask = group
         x_BnD = rotated[torch.from_numpy(np.where(mask, indices[at], len(vectors)))]
         s_Bn = torch.from_numpy(np.where(mask, weights[at] ** 0.5, 0).astype(np.float32))
         if not unit:
             x_BnD *= s_Bn.unsqueeze(2)
         diagonal_BD = values_D + ridge_U[rows].unsqueeze(1)
         solver: Callable[[Tensor, Tensor, Tensor], Tensor] = _dual if at.shape[1] < dim else _primal
-        solved[rows] = solver(x_BnD, s_Bn, diagonal_BD)
+        return solver(x_BnD, s_Bn, diagonal_BD)
+
+    parts = list(groups(indptr, dim))
+    for (rows, _, _), w_BD in zip(parts, _each(one, parts)):
+        solved[rows] = w_BD
     return torch.mm(solved, basis_DD.T)
+
+
+def _each(work: Callable[[Group], Tensor], parts: list[Group]) -> Iterator[Tensor]:
+    """Do all parts, a thread each: threads inside an operation wait for one another too often."""
+    threads = torch.get_num_threads()
+    if threads == 1 or len(parts) < 2 * threads:
+        yield from map(work, parts)
+        return
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield from pool.map(work, parts)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _primal(x_BnD: Tensor, s_Bn: Tensor, diagonal_BD: Tensor) -> Tensor:
@@ -158,9 +183,7 @@ def _cholesky_solve(system_Bnn: Tensor, right_Bn: Tensor) -> Tensor:
     return solved.squeeze(2)
 
 
-def groups(
-    indptr: NDArray[Any], dim: int
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]]:
+def groups(indptr: NDArray[Any], dim: int) -> Iterator[Group]:
     """Rows of near length together: (rows int64[B], positions int64[B, n], which are real bool[B, n])."""
     starts, counts = indptr[:-1].astype(np.int64), np.diff(indptr).astype(np.int64)
     order = np.argsort(counts, kind="stable")

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recray.data.sequences import Histories
+from recray.errors import ConfigError
 from recray.models.base import Catalogue, ModelConfig, Retriever
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class ItemKNN(Retriever):
 
     def __init__(self, catalogue: Catalogue, config: ItemKNN.Config) -> None:
         super().__init__(catalogue, config)
+        if config.neighbours < 1 or config.shrink < 0:
+            raise ConfigError("neighbours must be at least 1 and shrink at least 0", where="options")
         k = max(1, min(config.neighbours, catalogue.n_items - 1))
         self.neighbours: Tensor
         self.similarities: Tensor

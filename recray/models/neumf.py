@@ -121,7 +121,7 @@ class NeuMF(Ranker):
         max_len: int = 50
         dropout: float = 0.2  # of the pooled history; the pairs' hidden layers are too many to draw for
         loss: Literal["sampled", "bce", "bpr"] = "sampled"
-        negatives: int = 64  # shared by the positions of a step
+        negatives: int = 256  # shared by the positions of a step
         power: float = 0.5  # negatives are drawn by frequency ** power ...
         uniform_share: float = 0.2  # ... this share of them uniformly
 
@@ -140,7 +140,7 @@ class NeuMF(Ranker):
             self.tables[name] = DenseTable(catalogue.n_items, config.dim, std=0.05)
         self.columns = sorted(catalogue.context)  # a manifest does not keep their order
         for i, column in enumerate(self.columns):
-            self.tables[f"context_{i}"] = DenseTable(catalogue.context[column], config.context_dim, std=0.01)
+            self.tables[f"context_{i}"] = DenseTable(catalogue.context[column], config.context_dim, std=0.1)
         self.network = Scorer(
             config.dim,
             config.context_dim * len(self.columns),

@@ -5,6 +5,7 @@ It knows no Ray: it asks an `Answerer`, which a test makes in process and a repl
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -174,21 +175,30 @@ def _access_line(scope: Scope, status: int, seconds: float) -> str:
 
 
 async def _json_body(request: Request) -> object:
-    """The decoded body. Reads no more of it than is allowed. Raises ApiError 400, 413."""
+    """The decoded body, read no further and no longer than allowed. Raises ApiError 400, 408, 413."""
     too_large = ApiError(413, "body_too_large", f"the body is above {schema.MAX_BODY} bytes", "body")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and (len(declared) > 18 or int(declared) > schema.MAX_BODY):
         raise too_large
+    try:
+        body = await asyncio.wait_for(_read_body(request, too_large), schema.BODY_S)
+    except asyncio.TimeoutError:
+        words = f"the body did not arrive within {schema.BODY_S:g} s"
+        raise ApiError(408, "body_too_slow", words, "body") from None
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise ApiError(400, "not_json", f"the body is not JSON: {error}"[:300], "body") from None
+
+
+async def _read_body(request: Request, too_large: ApiError) -> bytes:
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
         if size > schema.MAX_BODY:
             raise too_large
         parts.append(part)
-    try:
-        return orjson.loads(b"".join(parts))
-    except orjson.JSONDecodeError as error:
-        raise ApiError(400, "not_json", f"the body is not JSON: {error}"[:300], "body") from None
+    return b"".join(parts)
 
 
 def _replied(request: Request, reply: Reply) -> Response:
@@ -218,7 +228,7 @@ def _refused(error: ApiError, request_id: str) -> Response:
     headers = {}
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    if error.status == 413:
+    if error.status in (408, 413):
         headers["connection"] = "close"  # the rest of the body is not read
     if error.status == 503:
         headers["retry-after"] = str(schema.RETRY_AFTER_S)

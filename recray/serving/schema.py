@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 MAX_BODY = 1_000_000  # bytes of a request body
+BODY_S = 5.0  # what a body may take to arrive: a client that stalls holds a place that others wait for
 MAX_K = 1000
 MAX_LIST = 10_000  # ids in one list
 MAX_ID = 1000  # characters of an id

@@ -92,7 +92,9 @@ def search_compress(
     }
     made = write_search(out, cache, found, front=front, chosen=chosen, parents=parents, recipe=recipe)
     if chosen["trial"] is None:
-        raise BudgetError(chosen["why"], fix="give a larger budget or more --trials")
+        raise BudgetError(
+            chosen["why"], fix=f"give a larger budget or more --trials; {made.place} keeps what was tried"
+        )
     say(f"chosen: {chosen['why']}")
     return made
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 import recray
-from recray import api, composing
+from recray import api, composing, recipes
 from recray.bundles.plan import Plan
 from recray.errors import ArtefactError, ConfigError, InputError
 from recray.manifest import Artefact, write_artefact
 from recray.tuning.chosen import plan_of_trial
+from recray.tuning.space import Space
 
 TRIALS = {
     "aa11": {"number": 1, "error": None, "detail": {"plan": {"retriever_codec": "f32"}}},
@@ -142,3 +143,23 @@ def test_show_tells_the_lineage(checkpoint: Artefact) -> None:
     assert told["kind"] == "checkpoint"
     assert [row["role"] for row in told["lineage"]] == ["dataset"]
     assert json.loads(json.dumps(told)) == told
+
+
+def test_a_result_does_not_replace_an_artefact_of_another_kind(checkpoint: Artefact, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="holds a checkpoint, not an older dataset"):
+        composing.target(tmp_path / "model", "dataset")
+    assert composing.target(tmp_path / "model", "checkpoint") == checkpoint.place
+
+
+@pytest.mark.parametrize(
+    ("space", "metric", "words"),
+    [
+        ("options.nope=1..2", "ndcg@10", "unknown setting 'options.nope'"),
+        ("options.dim=a,b", "ndcg@10", "options.dim is 'a'"),
+        ("options.dim=4,8", "foo", "unknown metric 'foo'"),
+    ],
+)
+def test_a_search_that_no_trial_could_do_is_refused_at_once(space: str, metric: str, words: str) -> None:
+    fit = composing.Fit(recipes.recipe("ials"), "nowhere", metric)
+    with pytest.raises(ConfigError, match=words):
+        composing.check_search(fit, Space.parse([space]))

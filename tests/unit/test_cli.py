@@ -256,3 +256,18 @@ def test_doctor_looks_at_this_machine(capsys: Capture) -> None:
 def test_options_never_shorten(verb: str) -> None:
     with pytest.raises(InputError):
         parser().parse_args([verb, "x", "--jso"])
+
+
+def test_a_name_too_long_is_bad_input(stand_in: Callable[..., Any], capsys: Capture, tmp_path: Path) -> None:
+    stand_in("show", lambda: (tmp_path / ("x" * 300)).stat())
+    assert main(["show", "somewhere"]) == 2
+    assert capsys.readouterr().err.startswith("recray: error: ")
+
+
+def test_control_characters_do_not_reach_the_terminal(stand_in: Callable[..., Any], capsys: Capture) -> None:
+    def fail() -> None:
+        raise InputError("has \x1b[2J\0 in it")
+
+    stand_in("show", fail)
+    assert main(["show", "somewhere"]) == 2
+    assert capsys.readouterr().err == "recray: error: has ?[2J? in it\n"

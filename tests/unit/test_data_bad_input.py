@@ -120,7 +120,7 @@ def test_mixed_ids_in_json_lines(tmp_path: Path) -> None:
     [
         ("log.csv", "", "log.csv: is empty"),
         ("log.csv", "\n\n", "has no rows"),
-        ("log.csv", HEADER, "nothing is left of 0 rows"),
+        ("log.csv", HEADER, "has no rows below its header"),
         (
             "log.csv",
             HEADER + ",x,1,1\na,,1,1\n",
@@ -206,3 +206,32 @@ def test_check_is_told_the_day(tmp_path: Path) -> None:
     raw = next(readers.blocks(span))
     assert len(interactions.check(raw, span, interactions.Rules(now=1_000_000))) == 1
     assert len(interactions.check(raw, span, interactions.Rules(now=0))) == 0
+
+
+@pytest.mark.parametrize("row", ['u1,"i1,1,5', 'u1,i1,1,"5', '"u1'])
+@pytest.mark.parametrize("after", ["", '"u1","i99",1,5\n'])
+def test_an_unclosed_quote_costs_its_row_only(tmp_path: Path, row: str, after: str) -> None:
+    data = prepared(tmp_path, HEADER + GOOD + f"{row}\n" + GOOD.replace(",i", ",j") + after)
+    assert data.report["rows_read"] == 17 + bool(after)
+    assert data.n_items >= 16
+    assert [found["line"] for found in data.report["dropped"].values()] in ([10], [])
+    assert not any("\n" in found["example"] for found in data.report["dropped"].values())
+
+
+def test_a_quote_inside_an_id_stays(tmp_path: Path) -> None:
+    data = prepared(tmp_path, HEADER + GOOD + 'u1,5" pipe,1,5\n' + GOOD)
+    assert (data.report["rows_read"], data.report["dropped"]) == (17, {})
+
+
+def test_a_time_that_is_nan_does_not_change_the_unit(tmp_path: Path) -> None:
+    now = 1_600_000_000
+    rows = "".join(f"u{n % 3},i{n},1,{now + n}\n" for n in range(8))
+    data = prepared(tmp_path, f"{HEADER}{rows}u1,i1,1,nan\n")
+    assert dropped(data) == {"malformed time": (1, 10)}
+    assert data.histories("train").times.min() >= now
+
+
+@pytest.mark.parametrize("options", [{"min_weight": float("nan")}, {"event_weights": {"view": float("inf")}}])
+def test_limits_that_are_no_numbers_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="give a finite number"):
+        prepared(tmp_path, HEADER + GOOD, **options)

@@ -96,3 +96,18 @@ def test_folding_in_reads_items_through_the_table() -> None:
     coded = model.encode(data.train)
     assert not torch.equal(plain, coded)
     torch.testing.assert_close(plain, coded, atol=0.02, rtol=0.05)
+
+
+def test_threads_change_nothing() -> None:
+    data = ring(200)
+    found = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            model = build_model("ials", Catalogue(23, {}), {"dim": 6})
+            model.fit(data)
+            found.append(model.encode(data.train))
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)
+    torch.testing.assert_close(*found)

@@ -73,7 +73,7 @@ def test_context_is_learned_and_unknown_values_are_answered() -> None:
     day = rng.integers(1, 4, 3000).astype(np.int32)
     items = np.where(rng.random(3000) < 0.9, day * 5, rng.integers(0, 23, 3000)).astype(np.int32)
     histories = Histories(items, np.arange(0, 3001, 10, dtype=np.int64))
-    model = trained(SmallData(23, histories, {"day": 4}, {"day": day}))
+    model = trained(SmallData(23, histories, {"day": 4}, {"day": day}), epochs=20)
     asked, everything = Histories.of([[1, 2]] * 5), np.tile(np.arange(23), (5, 1))
     found = model.score(asked, everything, {"day": np.int32([1, 2, 3, 0, 99])})
     assert found.argmax(1)[:3].tolist() == [5, 10, 15]

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from recray.serving import auth
+from recray.serving import auth, schema
 from recray.serving.http import Reply, build_asgi
 from recray.serving.schema import MAX_BODY, ApiError, RecommendRequest
 
@@ -200,3 +200,15 @@ def test_openapi_names_every_route_and_the_docs_load_nothing_else() -> None:
     assert "http://" not in page.text
     assert "https://" not in page.text
     assert "src=" not in page.text
+
+
+def test_a_body_that_stalls_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schema, "BODY_S", 0.05)
+
+    async def stalling() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(60)
+
+    answer = ask("POST", "/v1/recommend", content=stalling())
+    assert answer.status_code == 408
+    assert answer.json()["error"]["code"] == "body_too_slow"

@@ -187,3 +187,18 @@ def test_an_object_store_keeps_nothing_of_the_old_artefact(bucket: str) -> None:
     (target.fs).delete_file((target / MANIFEST).path)
     with pytest.raises(InputError, match="other things"):
         check_writable(target)
+
+
+def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+    dead, other = tmp_path / ".out.abcdefgh.partial", tmp_path / ".more.abcdefgh.partial"
+    for folder in (dead, other):
+        folder.mkdir()
+        os.utime(folder, (0, 0))
+    with staged(tmp_path / "out") as first:
+        os.utime(first, (0, 0))
+        with staged(tmp_path / "out") as second:
+            assert not dead.exists()
+            assert first.exists()
+            assert other.exists()
+            (second / MANIFEST).write_text("{}")
+        (first / MANIFEST).write_text("{}")

