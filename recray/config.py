@@ -62,7 +62,10 @@ def _set(config: T, path: list[str], text: str, full: str) -> T:
         return typing.cast(T, new)
     names = {f.name for f in dataclasses.fields(config)}  # type: ignore[arg-type]
     if path[0] not in names:
-        raise ConfigError(f"unknown setting {full!r}", fix=_did_you_mean(path[0], names))
+        before = full[: len(full) - len(".".join(path))]
+        raise ConfigError(
+            f"unknown setting {full!r}", fix=_did_you_mean(before + path[0], [before + n for n in names])
+        )
     value = getattr(config, path[0])
     if len(path) > 1:
         if not (dataclasses.is_dataclass(value) or isinstance(value, Mapping)):

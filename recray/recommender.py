@@ -69,7 +69,7 @@ class Recommender:
         candidates: int = 200,
         *,
         popularity: NDArray[np.float32] | None = None,
-        blend: float = 0.5,
+        blend: float = 0.8,
     ) -> None:
         if retriever.has_vectors and index is None:
             index = build_index("exact", retriever.item_vectors())

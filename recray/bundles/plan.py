@@ -33,7 +33,7 @@ class Plan:
     index: str = "exact"
     index_params: Mapping[str, Any] = field(default_factory=dict)
     candidates: int = 200
-    blend: float = 0.5
+    blend: float = 0.8
 
     def __post_init__(self) -> None:
         for codec in (self.retriever_codec, self.ranker_codec):

@@ -77,7 +77,7 @@ def train(
         else:
             position = _train_here(model, dataset, recipe, run.folder)
         report = _report(position)
-        progress.say(f"trained {recipe.name} in {time.perf_counter() - started:.1f} s")
+        progress.say(f"trained {recipe.name} in {time.perf_counter() - started:.1f} s{_kept(position)}")
         made = _leave(target, dataset, recipe, model, report, started)
         run.remove()
     return made
@@ -112,6 +112,14 @@ def _train_here(model: Model, dataset: Dataset, recipe: Recipe, folder: Path) ->
         done = load_state(resume, weights_only=True).position.epoch
         progress.say(f"going on after epoch {done} of {recipe.train.epochs}")
     return fit(model, dataset, recipe.train, report=keep, resume=resume, bars=True).position
+
+
+def _kept(position: Position) -> str:
+    """Which epoch's weights are left, where that is not plain."""
+    if not position.best_epoch:
+        return ""
+    best = position.history[position.best_epoch - 1]
+    return f": kept epoch {best.epoch} of {position.epoch}, {best.metric} {best.value:.4f}"
 
 
 def _report(position: Position) -> dict[str, Any]:
