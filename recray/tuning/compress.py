@@ -113,6 +113,7 @@ def _searcher(
         seed=tried.seed,
         first=first,
         canonical=packing.canonical,
+        tidy=lambda point: packing.tidy(point, first[0]),
         bound=lambda point: {"bytes": packing.table_bytes(point, *models)},
     )
     return made, first[0]

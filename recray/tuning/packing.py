@@ -66,6 +66,13 @@ def canonical(point: Mapping[str, Scalar]) -> dict[str, Any]:
     return config.as_dict(plan_of(point))
 
 
+def tidy(point: Mapping[str, Scalar], usual: Mapping[str, Scalar]) -> Point:
+    """The same plan, with the parameters of an index that is not used as they are in `usual`."""
+    if point.get("index") == "hnsw":
+        return dict(point)
+    return {name: usual[name] if name in HNSW else value for name, value in point.items()}
+
+
 def first_points(space: Space) -> list[Point]:
     """Nothing compressed (the reference), then the guess that an expert would try."""
     plain = config.as_dict(Plan())

@@ -44,6 +44,7 @@ class ConstrainedSearcher:
         seed: int = 0,
         first: Sequence[Point] = (),
         canonical: Callable[[Point], Mapping[str, Any]] | None = None,
+        tidy: Callable[[Point], Point] | None = None,
         bound: Callable[[Point], Mapping[str, float]] | None = None,
         sampler: Literal["gp", "tpe"] = "gp",
         startup: int = 6,
@@ -51,6 +52,7 @@ class ConstrainedSearcher:
         self.space, self.goals, self.limits = space, dict(goals), dict(limits or {})
         self.rejected = 0  # suggestions left out because their bound is over a limit
         self.canonical = canonical or dict
+        self._tidy = tidy or dict  # the same point, with what does not count in it written as usual
         self._bound = bound
         self._first = list(first)
         self._seen: set[str] = set()
@@ -87,7 +89,7 @@ class ConstrainedSearcher:
             asked, point = self._study.ask(self._distributions), near
         self._asked[self.key(point)] = asked
         self._seen.add(self.key(point))
-        return point
+        return self._tidy(point)
 
     def tell(self, point: Mapping[str, Scalar], metrics: Mapping[str, float] | None) -> None:
         """What a point measured, asked for or not; None when it failed."""

@@ -22,7 +22,7 @@ from recray.tuning.chosen import plan_of_trial
 from recray.tuning.compress import search_compress
 from recray.tuning.latency import Effort
 from recray.tuning.space import Point
-from recray.tuning.trial import Outcome
+from recray.tuning.trial import Outcome, words
 from tests.serving_bundles import checkpoint, small_dataset
 
 QUICK = Effort(least=100, seconds=0.3, warmup=5)
@@ -106,6 +106,18 @@ def test_parameters_of_an_index_that_is_not_used_do_not_count() -> None:
     assert packing.canonical({**one, "index": "hnsw"}) != packing.canonical(
         {**one, "index": "hnsw", "links": 9}
     )
+
+
+def test_parameters_that_do_not_count_are_not_told_of(parts: Parts) -> None:
+    retriever = load_model(parts[1])
+    assert isinstance(retriever, Retriever)
+    space = packing.plan_space(retriever, None)
+    assert space is not None
+    usual = packing.first_points(space)[0]
+    other: Point = {**usual, "retriever_codec": "int8", "links": 30, "ef_search": 99}
+    assert words(packing.tidy(other, usual), usual) == "retriever_codec=int8"
+    told = packing.tidy({**other, "index": "hnsw"}, usual)
+    assert words(told, usual) == "retriever_codec=int8 index=hnsw links=30 ef_search=99"
 
 
 def test_the_bytes_of_tables_are_a_true_lower_bound(parts: Parts, tmp_path: Path) -> None:
