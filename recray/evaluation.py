@@ -283,11 +283,6 @@ def best(
     return made
 
 
-def subset(cases: Cases, at: NDArray[np.int64]) -> Cases:
-    """The cases at some positions, in the given order."""
-    return cases.take(at)
-
-
 def _batches(cases: Cases, asked: NDArray[np.int64], batch: int) -> Iterator[Cases]:
     for start in range(0, len(asked), batch):
         yield cases.take(asked[start : start + batch])

@@ -60,6 +60,7 @@ class Dataset:
     def __init__(self, artefact: Artefact) -> None:
         self.artefact = artefact
         self.report = artefact.manifest.report
+        self._whole: dict[str, Histories] = {}  # split -> histories of all users: asked for every epoch
 
     def __repr__(self) -> str:
         return f"Dataset({str(self.artefact.place)!r}, users={self.n_users}, items={self.n_items})"
@@ -143,10 +144,15 @@ class Dataset:
 
     def histories(self, split: str = "train", part: Part | None = None) -> Histories:
         """One history for every user (of the part), oldest first; empty for a user without interactions."""
+        if part is None and split in self._whole:
+            return self._whole[split]
         low, high = self.user_range(part)
         log = self.interactions(split, part)
         offsets = np.searchsorted(log.user_rows, np.arange(low, high + 1)).astype(np.int64)
-        return Histories(log.item_rows, offsets, log.weights, log.times if log.has_times else None)
+        made = Histories(log.item_rows, offsets, log.weights, log.times if log.has_times else None)
+        if part is None:
+            self._whole[split] = made
+        return made
 
     def cases(self, split: str) -> Cases:
         """The users of "valid" (history: train) or "test" (history: train, then valid)."""

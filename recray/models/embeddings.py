@@ -14,6 +14,16 @@ import torch
 from torch import Tensor, nn
 
 
+def normal(*shape: int, std: float) -> nn.Parameter:
+    """A parameter drawn from N(0, std^2); on the meta device its shape alone.
+
+    There is nothing to draw there, and asking torch to would import its compiler: over a second at
+    the start of every replica.
+    """
+    made = torch.empty(*shape)
+    return nn.Parameter(made if made.is_meta else made.normal_(std=std))
+
+
 class Table(nn.Module):
     """N rows of D floats, read by row."""
 
@@ -35,8 +45,7 @@ class DenseTable(Table):
     def __init__(self, num_rows: int, dim: int, *, std: float | None = None) -> None:
         super().__init__()
         self.num_rows, self.dim = num_rows, dim
-        self.weight = nn.Parameter(torch.empty(num_rows, dim))
-        nn.init.normal_(self.weight, std=dim**-0.5 if std is None else std)
+        self.weight = normal(num_rows, dim, std=dim**-0.5 if std is None else std)
 
     def forward(self, rows: Tensor) -> Tensor:
         found = nn.functional.embedding(rows.clamp(min=0), self.weight)

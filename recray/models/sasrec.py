@@ -23,7 +23,7 @@ from recray.data.batches import Negatives, Sampling, SequenceBatch, sequence_bat
 from recray.data.sequences import Histories
 from recray.errors import ConfigError
 from recray.models.base import Catalogue, ModelConfig, Retriever, seeded
-from recray.models.embeddings import DenseTable
+from recray.models.embeddings import DenseTable, normal
 from recray.models.losses import full_softmax, sampled_softmax
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Encoder(nn.Module):
     def __init__(self, dim: int, blocks: int, heads: int, max_len: int, ffn: str, dropout: float) -> None:
         super().__init__()
         self.scale, self.max_len, self.dropout = dim**0.5, max_len, dropout
-        self.positions = nn.Parameter(torch.randn(max_len, dim) * 0.02)
+        self.positions = normal(max_len, dim, std=0.02)
         hidden = dim * 4 if ffn == "gelu" else dim * 8 // 3  # equally many parameters
         self.blocks = nn.ModuleList(Block(dim, heads, ffn, hidden, dropout) for _ in range(blocks))
         self.norm = nn.LayerNorm(dim)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from recray import progress
 from recray.errors import ConfigError, InputError, RecrayError
-from recray.evaluation import evaluate, model_top_k, subset
+from recray.evaluation import evaluate, model_top_k
 from recray.models.base import Model
 from recray.recipes import Train
 from recray.training.checkpoint import (
@@ -105,7 +105,7 @@ class _Run:
         self.before: dict[str, Tensor] | None = None  # the weights an epoch began with, if they are the best
         model.to(self.device)
         if self.cases is not None:
-            self._metric(subset(self.cases, np.arange(1)))  # an unknown metric is told before any work
+            self._metric(self.cases.take(np.arange(1)))  # an unknown metric is told before any work
         tables, dense = split_parameters(model)
         groups = [{"params": part} for part in (tables, dense) if part]
         self.optimizer = torch.optim.AdamW(groups, lr=train.lr, weight_decay=train.weight_decay, fused=True)
@@ -208,7 +208,7 @@ class _Run:
             return None
         self.model.eval()
         share = slice(self.ranks.rank, None, self.ranks.size)
-        mine = subset(self.cases, np.arange(len(self.cases.user_rows))[share])
+        mine = self.cases.take(np.arange(len(self.cases))[share])
         found = self._metric(mine) if len(mine.user_rows) else 0.0
         total, users = self.ranks.total([found, float(len(mine.user_rows))], self.device)
         return total / users
@@ -242,14 +242,14 @@ def _some_cases(data: Dataset, train: Train) -> Cases | None:
     if not data.has_split("valid"):
         return None
     cases = data.cases("valid")
-    cases = subset(cases, np.flatnonzero(cases.targets.lengths > 0))
+    cases = cases.take(np.flatnonzero(cases.targets.lengths > 0))
     users = len(cases.user_rows)
     if not users:
         return None
     if users <= train.valid_users:
         return cases
     drawn = np.random.default_rng(train.seed).choice(users, train.valid_users, replace=False)
-    return subset(cases, np.sort(drawn))
+    return cases.take(np.sort(drawn))
 
 
 def _copy(model: nn.Module) -> dict[str, Tensor]:

@@ -162,7 +162,7 @@ def _asked(dataset: str, users: int, seed: int) -> tuple[Dataset, Cases]:
     data = open_dataset(dataset)
     cases = data.cases("valid")
     some = np.sort(np.random.default_rng(seed).permutation(len(cases))[:users])
-    return data, evaluation.subset(cases, some)
+    return data, cases.take(some)
 
 
 @lru_cache(maxsize=1)
