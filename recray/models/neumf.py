@@ -45,8 +45,8 @@ class Pool(nn.Module):
     def __init__(self, dim: int, max_len: int) -> None:
         super().__init__()
         self.max_len = max_len
-        ages = torch.arange(max_len, dtype=torch.float32)
-        self.log_weights = nn.Parameter(-torch.tensor(_FORGET).unsqueeze(1) * ages)  # [G, max_len]
+        fading = -np.outer(_FORGET, np.arange(max_len)).astype(np.float32)
+        self.log_weights = nn.Parameter(torch.from_numpy(fading))  # [G, max_len]
         self.empty = nn.Parameter(torch.ones(dim))  # so that an item's bias is learned fast
 
     def forward(self, x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
