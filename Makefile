@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PEERS := .venv-peers
 PARTS := house unit contract sharded ray walk
 export PYTHON
 
@@ -20,6 +21,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt tools/venv.sh
 $(VENV)/.bench: $(VENV)/.installed
 	tools/venv.sh $(VENV) bench
 	@touch $@
+
+# Environments of the peers that cannot live in ours; one that cannot be made is tried again the next time.
+$(PEERS)/.installed: constraints.txt tools/peers.sh
+	tools/peers.sh $(PEERS)
 
 ## demo     the whole path on a synthetic world; ends with a table and demo-out/report.html
 demo: install
@@ -41,7 +46,7 @@ soak: install
 	$(BIN)/python -m pytest -m slow --timeout 3600 tests
 
 ## bench    every benchmark in its quick form, five minutes each at most
-bench: $(VENV)/.bench
+bench: $(VENV)/.bench $(PEERS)/.installed
 	@for file in benchmarks/[a-z]*.py; do \
 	  name=$$(basename $$file .py); \
 	  echo "== $$name" >&2; $(BIN)/python -m benchmarks.$$name --quick || exit 1; \
@@ -49,5 +54,5 @@ bench: $(VENV)/.bench
 
 ## clean    remove what was built, not the data
 clean:
-	rm -rf $(VENV) build dist demo-out .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(PEERS) build dist demo-out .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

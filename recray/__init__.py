@@ -6,10 +6,11 @@ The path of data, which is also the listing of this package (a test walks it):
     ids            data/ids.py             external id <-> dense row; append-only
     dataset        data/dataset.py         ids + interactions + features + splits, one artefact
     sequences      data/sequences.py       one history per user, cut and shifted
+    feed           data/feed.py            large logs in mapped files; batches made ahead
     batches        data/batches.py         arrays of rows, negatives, one seed per (epoch, shard)
     model          models/                 plain nn.Module, or plain sparse algebra, one process
-    training       training/               the same model, data-parallel               -> ray.train
-    checkpoint     training/checkpoint.py  weights + optimizer + position + manifest
+    training       training/               the same model with its tables sharded       -> ray.train
+    checkpoint     training/checkpoint.py  row ranges + position; read by any number of ranks
     compression    compression/            encode tables, quantize and export graphs
     index          retrieval/              item vectors -> k candidates
     bundle         bundles/                ids + weights + tables + index + ranker + manifest
@@ -32,6 +33,7 @@ __all__ = [
     "compress",
     "demo",
     "evaluate",
+    "plan",
     "prepare",
     "recommend",
     "serve",
@@ -41,7 +43,19 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from recray.api import bundle, compress, demo, evaluate, prepare, recommend, serve, show, train, tune
+    from recray.api import (
+        bundle,
+        compress,
+        demo,
+        evaluate,
+        plan,
+        prepare,
+        recommend,
+        serve,
+        show,
+        train,
+        tune,
+    )
 
 
 def __getattr__(name: str) -> Any:

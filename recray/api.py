@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from recray import composing, manifest, recipes
 from recray.composing import open_any, open_data, target
+from recray.composing import plan as plan  # the one verb that leaves nothing to name
 from recray.config import as_dict, parse_bytes, parse_duration
 from recray.errors import InputError
 from recray.manifest import Artefact
@@ -88,7 +89,7 @@ def train(
     dataset: Source | Dataset,
     *,
     recipe: str = "sasrec",
-    workers: int = 0,
+    workers: int | tuple[int, int] = 0,
     gpu: bool = False,
     set: Sequence[str] = (),
     out: Where | None = None,
@@ -97,13 +98,14 @@ def train(
 
     Args:
         recipe: a name of `recray.recipes.RECIPES`.
-        workers: 0 trains in this process, more on as many Ray Train workers.
+        workers: 0 trains in this process, more on as many Ray Train workers; (2, 4) grows and
+            shrinks with the cluster.
         gpu: one device a worker.
         set: changes of the recipe, `("train.epochs=5", "options.dim=128")`.
         out: default `runs/checkpoint-<recipe>-<dataset>`.
 
     Raises:
-        ConfigError: an unknown recipe or setting.
+        ConfigError: an unknown recipe or setting, or workers that cannot be.
         ArtefactError: `dataset` is none.
 
     Example: `recray.train("runs/ml100k", recipe="sasrec", workers=2)`

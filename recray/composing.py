@@ -1,4 +1,4 @@
-"""What the verbs share: open what they were given, name what they leave, join two wings.
+"""What the verbs share: open what they were given, name what they leave, join two wings; and `plan`.
 
 Only `api.py` imports this; it lies above the wings, so that it may hand one what another can do.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from recray import config, manifest, recipes, storage
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from recray.bundles.plan import Plan
     from recray.data.dataset import Dataset
     from recray.evaluation import Report, TopK
+    from recray.training.plan import RunPlan
     from recray.tuning.space import Space
 
 Where: TypeAlias = "str | os.PathLike[str]"
@@ -75,6 +76,62 @@ def measure(artefact: Artefact, dataset: Dataset, split: str, *, beyond: bool = 
         raise InputError(f"has no {split} split", where=dataset.artefact.place, fix="prepare it with one")
     catalogue = evaluation.beyond_of(dataset) if beyond else None
     return evaluation.evaluate(_top_k(artefact), dataset.cases(split), catalogue=catalogue)
+
+
+def plan(
+    dataset: Source | Dataset | None = None,
+    *,
+    recipe: str = "sasrec",
+    set: Sequence[str] = (),
+    workers: int = 0,
+    rows: float | None = None,
+    dim: int = 64,
+    batch: int = 2048,
+    lookups: float = 20,
+    distinct: float | None = None,
+    memory: str | None = None,
+    wire: str | None = None,
+    rates: Mapping[str, float] | None = None,
+) -> RunPlan:
+    """Say before a training run who would hold what, bytes a worker, bytes sent and seconds a step.
+
+    Args:
+        dataset: plans the recipe's training on it; without one, a table of `rows` x `dim` is planned.
+        set: changes of the recipe. `train.table_optimizer`, `train.table_dtype` and `train.wire` count
+            for a bare table, too.
+        workers: 0 and 1 are one process.
+        batch, lookups: of a bare table: examples a step, ids an example.
+        distinct: of a bare table: share of a worker's ids that are distinct; by default of uniform ids.
+        memory: "64GiB", of each worker on a machine of its own; by default the workers share this one.
+        wire: "10GB/s", what a worker can send; between machines by default ten gigabit Ethernet.
+        rates: others of `recray.training.plan.Machine`, in bytes and seconds; by default measured here.
+
+    Raises:
+        InputError: it would not fit into memory; the message says what would.
+        ConfigError: an unknown recipe, setting or rate, or a model that is not trained in steps.
+
+    Example: `recray.plan(rows=1e9, dim=64, workers=64, memory="64GiB").step_s`
+    """
+    if (dataset is None) == (rows is None):
+        raise InputError("nothing to plan, or two things", fix="give either a dataset or --rows")
+    chosen, ranks = recipes.recipe(recipe, list(set)), max(1, workers)
+    given = dict(rates or {})
+    if wire is not None:
+        given["wire"] = config.parse_bytes(wire.removesuffix("/s"), what="wire")
+    room = None if memory is None else config.parse_bytes(memory, what="memory")
+    from recray.training import plan as planning
+    from recray.training import work as reckoning
+    from recray.training.machine import measured_machine
+
+    if rows is None:
+        work = reckoning.dataset_work(chosen, open_data(dataset), ranks=ranks)
+    else:
+        work = reckoning.table_work(
+            rows, dim, asked=batch * lookups, train=chosen.train, ranks=ranks, distinct=distinct
+        )
+    machine = measured_machine(memory=room, shared_by=ranks if room is None else 1)
+    machine = config.build(planning.Machine, {**dataclasses.asdict(machine), **given}, where="rates")
+    return planning.check_fits(planning.make_plan(work, ranks, machine))
 
 
 @dataclasses.dataclass(frozen=True)

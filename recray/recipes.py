@@ -21,15 +21,22 @@ class Train:
     batch_size: int = 128  # sequences (or examples) a step, over all ranks
     lr: float = 1e-3
     weight_decay: float = 0.0
-    clip_norm: float = 5.0  # 0 = no clipping
+    clip_norm: float = 5.0  # of the dense part's gradient; 0 = no clipping
     warmup_steps: int = 100
     patience: int = 3  # epochs without a better validation metric before stopping; 0 = never stop
     metric: str = "ndcg@10"  # measured on the validation split after each epoch
-    valid_users: int = 5000  # at most so many users are asked each epoch
+    valid_users: int = 5000  # at most so many users are asked each epoch; 0 = none
     seed: int = 0
     device: Literal["cpu", "cuda", "auto"] = "auto"
     precision: Literal["f32", "bf16"] = "f32"
     threads: int = 0  # torch threads a worker; 0 = all cores shared by the workers of a machine
+    accumulate: int = 1  # batches an update: their mean is one step
+    table_optimizer: Literal["adam", "adagrad", "sgd"] = "adam"  # adagrad: 4 bytes of state a row
+    table_lr: float = 0.0  # 0 = lr
+    table_dtype: Literal["f32", "bf16"] = "f32"  # bf16 rounds stochastically
+    wire: Literal["f32", "bf16"] = "f32"  # what rows and their gradients travel in between workers
+    save_steps: int = 0  # a state every so many batches, too; 0 = after epochs only
+    track: str = ""  # where each epoch's numbers go: tensorboard, mlflow, wandb, or several with commas
 
 
 @dataclass(frozen=True, kw_only=True)

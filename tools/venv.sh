@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# venv.sh FOLDER EXTRA: make the virtual environment and install recray with an extra, editable.
+# venv.sh FOLDER [EXTRA]: make the virtual environment, and install torch and, editable, recray with an extra.
+# Without EXTRA torch is all there is: what a peer of the benchmarks starts from.
 # PYTHON      which python makes it (default python3)
 # TORCH_INDEX index of torch wheels to use instead of choosing (PyTorch has one for CPUs and one a CUDA version)
 set -eu
 cd "$(dirname "$0")/.."
-venv=$1 extra=$2 python=${PYTHON:-python3}
+venv=$1 extra=${2:-} python=${PYTHON:-python3}
 
 fail() { echo "venv.sh: $*" >&2; exit 2; }
 
@@ -31,5 +32,6 @@ then
     "$venv/bin/uv" pip install --quiet --python "$venv/bin/python" --torch-backend cpu -c constraints.txt "$torch" \
         || echo "venv.sh: the CPU build of torch cannot be reached; installing the usual one" >&2
 fi
+[ -n "$extra" ] || exec "$venv/bin/python" -m pip install --quiet "$torch"
 echo "venv.sh: installing recray[$extra] into $venv (a few minutes the first time)" >&2
 pip install --quiet -c constraints.txt -e ".[$extra]"

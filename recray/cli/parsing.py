@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any, NoReturn
 
-from recray.cli.words import at_least
+from recray.cli.words import at_least, crew
 from recray.errors import InputError
 
 
@@ -36,7 +36,10 @@ def out_option(parser: argparse.ArgumentParser, default: str) -> None:
     json_option(parser)
 
 
-def workers_option(parser: argparse.ArgumentParser, what: str, default: int = 0) -> None:
-    """`--workers`, 0 meaning this process and no Ray."""
+def workers_option(
+    parser: argparse.ArgumentParser, what: str, default: int = 0, *, elastic: bool = False
+) -> None:
+    """`--workers`, 0 meaning this process and no Ray; `elastic` allows a range, too."""
     help_ = f"{what}; 0 is this process, without Ray (default {default})"
-    parser.add_argument("--workers", type=at_least(0), default=default, metavar="N", help=help_)
+    kind, shape = (crew, "N|MIN-MAX") if elastic else (at_least(0), "N")
+    parser.add_argument("--workers", type=kind, default=default, metavar=shape, help=help_)

@@ -25,7 +25,7 @@ def options(parser: ArgumentParser) -> None:
         help="change one setting of the recipe: train.epochs=5, options.dim=128 (may be repeated)",
     )
     parser.add_argument("--gpu", action="store_true", help="one GPU a worker")
-    workers_option(parser, "Ray Train workers")
+    workers_option(parser, "Ray Train workers, 2-4 being as many as the cluster has room for", elastic=True)
     out_option(parser, "runs/checkpoint-RECIPE-DATASET")
 
 

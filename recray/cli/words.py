@@ -45,3 +45,13 @@ def numbers(text: str) -> dict[str, float]:
         return {key: float(value) for key, value in pairs(text).items()}
     except ValueError:
         raise ArgumentTypeError(f"cannot read {text!r}: write for example view=1,buy=5") from None
+
+
+def crew(text: str) -> int | tuple[int, int]:
+    """`4` workers, or `2-4` of them as the cluster has room."""
+    least, dash, most = text.partition("-")
+    if dash and least.isdecimal() and most.isdecimal() and 1 <= int(least) <= int(most):
+        return (int(least), int(most)) if int(least) < int(most) else int(most)
+    if text.isdecimal():
+        return int(text)
+    raise ArgumentTypeError(f"{text!r} is neither a number of workers nor a range of them: write 4, or 2-4")

@@ -2,16 +2,18 @@
 
 Histories are cut into windows; a chunk of shuffled windows is sorted by length and split into steps,
 so that a step pads only to its own longest window. Every rank works out the same steps and takes its
-strided share of each: the union over ranks is the epoch, and the ranks have equally many batches.
+strided share of each: a step has the same windows and negatives at every world size, and the ranks have
+equally many batches. Histories may lie in mapped files: only what a batch holds is read of them.
 
-Shapes: W windows of the epoch, B windows of this rank's batch, L their longest, S negatives, N items.
+Shapes: U users, W windows of the epoch, P windows of a step, B of them this rank's, L their longest,
+S negatives, N items.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,7 @@ from recray.data.sequences import PAD, Histories
 Sampling = Literal["uniform", "popularity", "in-batch"]
 
 _CHUNK = 32  # steps whose windows are sorted by length together
+_COUNTED = 1 << 20  # items counted at a time: numpy counts int64 and would copy the whole log
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,10 +42,11 @@ class SequenceBatch:
 
 @dataclass(frozen=True, eq=False)
 class Negatives:
-    """How negatives are drawn: `count` rows a step, alike on every rank unless 'in-batch'.
+    """How negatives are drawn: `count` rows a step, alike on every rank.
 
     'popularity' draws by frequency ** power, mixed with `uniform_share` of uniform draws so that no
-    item has probability zero; 'in-batch' takes the step's own targets, which is drawing by frequency.
+    item has probability zero; 'in-batch' takes the step's own targets (of all ranks), which is drawing
+    by frequency.
     """
 
     count: int
@@ -56,33 +60,76 @@ def generator(*words: int) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence([w & 0xFFFFFFFF for w in words]))
 
 
-def windows(histories: Histories, max_len: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Cut histories into (starts int64[W], lengths int64[W]) of at most max_len + 1 interactions.
+def chances(at: NDArray[np.int64], *words: int) -> NDArray[np.float64]:
+    """A uniform number in [0, 1) for each place, float64 of the same shape: the same wherever it is asked.
+
+    The mixing function of SplitMix64 (Steele, Lea & Flood 2014, OOPSLA) over a seed from `words`.
+    """
+    with np.errstate(over="ignore"):
+        key = generator(*words).integers(2**64, dtype=np.uint64)
+        z = (at.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15) + key
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    made: NDArray[np.float64] = ((z ^ (z >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return made
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """The W windows of histories, worked out when asked for: only 8 bytes a user are held.
 
     Consecutive windows share one interaction, so every interaction but a user's first is the target
     of exactly one position. Cut from the newest backwards: only a user's oldest window may be short.
     """
-    targets = np.maximum(histories.lengths - 1, 0)
-    counts = -(-targets // max_len)
-    user = np.repeat(np.arange(len(histories)), counts)
-    nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)  # 0 = the newest
-    ends = histories.offsets[1:][user] - nth * max_len
-    starts = np.maximum(ends - max_len - 1, histories.offsets[:-1][user])
-    return starts, ends - starts
+
+    offsets: NDArray[np.int64]  # [U + 1] of the histories
+    first: NDArray[np.int64]  # [U + 1] the number of each user's first (newest) window, then W
+    max_len: int
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def spans(self, which: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(starts, lengths), int64 like `which`, in the flat arrays: 2 to max_len + 1 interactions each."""
+        user = np.searchsorted(self.first, which, side="right") - 1
+        nth = which - self.first[user]
+        ends = self.offsets[user + 1] - nth * self.max_len
+        starts = np.maximum(ends - self.max_len - 1, self.offsets[user])
+        return starts, ends - starts
 
 
-def steps(lengths: NDArray[np.int64], batch_size: int, *, epoch: int, seed: int) -> list[NDArray[np.int64]]:
-    """The epoch's steps over all ranks: index arrays into `lengths` of about equal, near-sorted length."""
-    if not len(lengths):
-        return []
-    rng = generator(seed, epoch, 1)
-    order = rng.permutation(len(lengths))
-    made: list[NDArray[np.int64]] = []
-    for start in range(0, len(order), batch_size * _CHUNK):
-        chunk = order[start : start + batch_size * _CHUNK]
-        chunk = chunk[np.argsort(lengths[chunk], kind="stable")]
-        made += np.array_split(chunk, -(-len(chunk) // batch_size))
-    return [made[i] for i in rng.permutation(len(made))]
+def windows(histories: Histories, max_len: int) -> Windows:
+    """Cut histories into windows of at most max_len + 1 interactions."""
+    first = np.zeros(len(histories.offsets), np.int64)
+    np.cumsum(-(-np.maximum(histories.lengths - 1, 0) // max_len), out=first[1:])
+    return Windows(histories.offsets, first, max_len)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """The windows of one step over all ranks, of near length, by their places in the flat arrays."""
+
+    number: int  # of the epoch, from 0
+    starts: NDArray[np.int64]  # [P]
+    lengths: NDArray[np.int64]  # [P]
+
+
+def steps(cut: Windows, batch_size: int, *, epoch: int, seed: int, skip: int = 0) -> Iterator[Step]:
+    """The epoch's ceil(W / batch_size) steps from number `skip` on; those before are not worked out."""
+    if not len(cut):
+        return
+    order = np.arange(len(cut), dtype=np.uint32 if len(cut) < 2**32 else np.int64)
+    generator(seed, epoch, 1).shuffle(order)
+    size = batch_size * _CHUNK
+    last = max(len(order) // size - 1, 0)  # takes the rest too: no step is much smaller than the others
+    for c in range(min(skip // _CHUNK, last), last + 1):
+        end = len(order) if c == last else (c + 1) * size
+        starts, lengths = cut.spans(order[c * size : end].astype(np.int64))
+        made = np.array_split(np.argsort(lengths, kind="stable"), -(-len(lengths) // batch_size))
+        turns = generator(seed, epoch, 4, c).permutation(len(made))
+        for turn in range(max(skip - c * _CHUNK, 0), len(made)):
+            some = made[turns[turn]]
+            yield Step(c * _CHUNK + turn, starts[some], lengths[some])
 
 
 def sequence_batches(
@@ -96,52 +143,80 @@ def sequence_batches(
     rank: int = 0,
     world: int = 1,
     negatives: Negatives | None = None,
+    skip: int = 0,
 ) -> Iterator[SequenceBatch]:
-    """This rank's share of one epoch over the windows of all histories."""
-    starts, sizes = windows(histories, max_len)
-    q_N = None if negatives is None else _probabilities(histories, n_items, negatives)
-    for number, step in enumerate(steps(sizes, batch_size, epoch=epoch, seed=seed)):
-        if len(step) < world:
-            step = np.resize(step, world)  # repeated, so that no rank has an empty share
-        mine = step[rank::world]
-        width = int(sizes[mine].max())
-        columns = np.arange(width)
-        at = np.where(columns < sizes[mine, None], starts[mine, None] + columns, PAD)
+    """This rank's share of one epoch over the windows of all histories, without its first `skip` steps."""
+    drawer = None if negatives is None else _Drawer(negatives, histories, n_items)
+    for step in steps(windows(histories, max_len), batch_size, epoch=epoch, seed=seed, skip=skip):
+        # repeated where a step has fewer windows than ranks, so that no rank has an empty share
+        whole = np.resize(np.arange(len(step.starts)), max(len(step.starts), world))
+        starts, sizes = step.starts[whole[rank::world]], step.lengths[whole[rank::world]]
+        columns = np.arange(sizes.max())
+        at = np.where(columns < sizes[:, None], starts[:, None] + columns, PAD)
         tokens = np.where(at >= 0, histories.items[at], PAD).astype(np.int64)
         drawn, log_q = np.empty(0, np.int64), np.empty(0, np.float32)
-        if negatives is not None and q_N is not None:
-            drawn = _draw(negatives, q_N, tokens[:, 1:], generator(seed, epoch, 2, number))
-            log_q = np.log(q_N[drawn] * len(drawn)).astype(np.float32)
-        lengths = sizes[mine] - 1
+        if drawer is not None:
+            drawn, log_q = drawer(step, generator(seed, epoch, 2, step.number))
         # an input is what has a target after it: the newest interaction of a window only is a target
-        inputs = np.where(np.arange(width - 1) < lengths[:, None], tokens[:, :-1], PAD)
+        inputs = np.where(columns[:-1] < sizes[:, None] - 1, tokens[:, :-1], PAD)
         yield SequenceBatch(
             inputs=inputs,
             targets=tokens[:, 1:],
-            lengths=lengths,
+            lengths=sizes - 1,
             at=at[:, 1:],
             negatives=drawn,
             log_q=log_q,
-            positions=float((sizes[step] - 1).sum()) / world,
-            seed=int(generator(seed, epoch, 3, number, rank).integers(2**31)),
+            positions=float((step.lengths[whole] - 1).sum()) / world,
+            seed=int(generator(seed, epoch, 3, step.number, rank).integers(2**31)),
         )
 
 
-def _probabilities(histories: Histories, n_items: int, how: Negatives) -> NDArray[np.float64]:
-    """How likely one draw is each item, float64[N]."""
-    if how.sampling == "uniform":
-        return np.full(n_items, 1 / n_items)
-    power, uniform = (1.0, 0.0) if how.sampling == "in-batch" else (how.power, how.uniform_share)
-    mass = np.bincount(histories.items, minlength=n_items).astype(np.float64) ** power
-    mass /= max(mass.sum(), 1e-12)
-    return (1 - uniform) * mass + uniform / n_items
+class _Drawer:
+    """Draws negatives. Holds the cumulative law of one draw, float64[N], unless it is uniform."""
+
+    def __init__(self, how: Negatives, histories: Histories, n_items: int) -> None:
+        self.how, self.items, self.n_items = how, histories.items, n_items
+        self.law: NDArray[np.float64] | None = None
+        if how.sampling != "uniform":
+            power, uniform = (1.0, 0.0) if how.sampling == "in-batch" else (how.power, how.uniform_share)
+            self.law = _cumulative(histories.items, n_items, power, uniform)
+
+    def __call__(self, step: Step, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """(rows int64[S], log of how often each is expected among them float32[S])"""
+        count = self.how.count
+        if self.law is None:
+            return rng.integers(self.n_items, size=count), np.full(count, np.log(count / self.n_items), "f4")
+        if self.how.sampling == "in-batch":
+            drawn = self._targets(step, rng)
+        else:
+            drawn = np.searchsorted(self.law, rng.random(count), side="right")
+        q = self.law[drawn] - np.where(drawn > 0, self.law[drawn - 1], 0)
+        return drawn, np.log(q * count).astype(np.float32)
+
+    def _targets(self, step: Step, rng: np.random.Generator) -> NDArray[np.int64]:
+        """Any of the step's targets, each alike; only those drawn are read."""
+        targets = step.lengths - 1
+        ends = np.cumsum(targets)
+        nth = rng.integers(ends[-1], size=self.how.count)
+        w = np.searchsorted(ends, nth, side="right")
+        return self.items[step.starts[w] + 1 + nth - (ends - targets)[w]].astype(np.int64)
 
 
-def _draw(
-    how: Negatives, q_N: NDArray[np.float64], targets: NDArray[np.int64], rng: np.random.Generator
-) -> NDArray[np.int64]:
-    if how.sampling == "in-batch":
-        return rng.choice(targets[targets >= 0], how.count)
-    if how.sampling == "uniform":
-        return rng.integers(len(q_N), size=how.count)
-    return rng.choice(len(q_N), how.count, p=q_N).astype(np.int64)
+def frequencies(items: NDArray[np.int32], n_items: int) -> NDArray[np.int64]:
+    """int64[N]: how often each item is there, without a copy of the log."""
+    made = np.zeros(n_items, np.int64)
+    some = max(_COUNTED, n_items)
+    for start in range(0, len(items), some):
+        made += np.bincount(items[start : start + some], minlength=n_items)
+    return made
+
+
+def _cumulative(items: NDArray[np.int32], n_items: int, power: float, uniform: float) -> NDArray[np.float64]:
+    """float64[N]: how likely one draw is an item up to each, by frequency ** power mixed with uniform."""
+    law = frequencies(items, n_items).astype(np.float64)
+    law **= power
+    law *= (1 - uniform) / max(law.sum(), 1e-12)
+    law += uniform / n_items
+    np.cumsum(law, out=law)
+    law /= law[-1] or 1.0  # of an empty log
+    return law

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from recray import columns as col
+from recray.data import feed
 from recray.data.headers import CONTEXT
 from recray.data.ids import Ids
 from recray.data.interactions import Interactions
@@ -143,8 +144,14 @@ class Dataset:
         return self._interactions(pa.concat_tables(tables) if tables else None)
 
     def histories(self, split: str = "train", part: Part | None = None) -> Histories:
-        """One history for every user (of the part), oldest first; empty for a user without interactions."""
+        """One history for every user (of the part), oldest first; empty for a user without interactions.
+
+        Those of all users lie in mapped files, read-only, where the split is large (`feed.SMALL`).
+        """
         if part is None and split in self._whole:
+            return self._whole[split]
+        if part is None and feed.large(self, split):
+            self._whole[split] = feed.histories(self, split, whole=True)
             return self._whole[split]
         low, high = self.user_range(part)
         log = self.interactions(split, part)
@@ -154,8 +161,11 @@ class Dataset:
             self._whole[split] = made
         return made
 
-    def cases(self, split: str) -> Cases:
-        """The users of "valid" (history: train) or "test" (history: train, then valid)."""
+    def cases(self, split: str, limit: int | None = None, seed: int = 0) -> Cases:
+        """The users of "valid" (history: train) or "test" (history: train, then valid).
+
+        With a limit at most so many of them, drawn by the seed: only their histories are read.
+        """
         if split not in ("valid", "test"):
             raise InputError(f"no cases in split {split!r}", fix="ask for valid or test")
         if not self.has_split(split):
@@ -165,6 +175,8 @@ class Dataset:
         log = self.interactions(split)
         targets = self.histories(split)
         asked = np.flatnonzero(targets.lengths)
+        if limit is not None and len(asked) > limit:
+            asked = np.sort(np.random.default_rng(seed).choice(asked, limit, replace=False))
         known = self.histories("train").take(asked)
         if split == "test" and self.has_split("valid"):
             known = append(known, self.histories("valid").take(asked))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -29,11 +30,17 @@ def model_class(name: str) -> type[Model]:
     return found
 
 
-def build_model(name: str, catalogue: Catalogue, options: Mapping[str, Any], *, seed: int = 0) -> Model:
-    """A fresh, untrained model, the same for the same seed; unknown options raise ConfigError."""
+def build_model(
+    name: str, catalogue: Catalogue, options: Mapping[str, Any], *, seed: int = 0, allocate: bool = True
+) -> Model:
+    """A fresh, untrained model, the same for the same seed; unknown options raise ConfigError.
+
+    With `allocate` false its tables have a shape and no memory.
+    """
     from recray.models.base import seeded
+    from recray.models.embeddings import unallocated_tables
 
     cls = model_class(name)
     settings = config.build(cls.Config, options, where="options")
-    with seeded(seed):
+    with seeded(seed), contextlib.nullcontext() if allocate else unallocated_tables():
         return cls(catalogue, settings)

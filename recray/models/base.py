@@ -61,6 +61,7 @@ class Model(nn.Module):
     stage: ClassVar[Literal["retriever", "ranker"]]
     Config: ClassVar[type[ModelConfig]]
     gradient: ClassVar[bool]  # True: trained by training/loop.py on batches; False: by `fit`
+    shares_fit: ClassVar[bool] = False  # whether `fit` takes `ranks`, and several can fit one model
 
     def __init__(self, catalogue: Catalogue, config: ModelConfig) -> None:
         super().__init__()
@@ -76,13 +77,21 @@ class Model(nn.Module):
 
     # -- models with gradient = True -------------------------------------------------------------
     def batches(
-        self, data: Dataset, *, batch_size: int, epoch: int, seed: int, rank: int, world: int
+        self, data: Dataset, *, batch_size: int, epoch: int, seed: int, rank: int, world: int, skip: int = 0
     ) -> Iterator[Any]:
         """This rank's share of one epoch; the same for the same (epoch, seed, rank, world).
 
-        Every rank yields the same number of batches.
+        Every rank yields the same number of batches, and the first `skip` of them are left out.
         """
         raise NotImplementedError(f"{self.name} is not trained by gradient")
+
+    def lookups(self, batch: Any) -> Mapping[str, list[Tensor]]:
+        """Table -> the rows (int64, on the CPU) that `loss` will ask it for, call by call.
+
+        A table that is named here exchanges all of them at once, while the batch before is computed;
+        one that is not exchanges at each call.
+        """
+        return {}
 
     def loss(self, batch: Any) -> Tensor:
         """Loss of one batch of `batches`, a scalar: its mean over the ranks is the step's mean loss.

@@ -8,10 +8,27 @@ whose rows are encoded. Shapes: N rows of D floats.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from recray.models.losses import full_softmax
+
+_UNALLOCATED: ContextVar[bool] = ContextVar("unallocated", default=False)
+
+
+@contextmanager
+def unallocated_tables() -> Iterator[None]:
+    """Tables made inside the block have a shape and no memory: training gives each rank its own rows."""
+    token = _UNALLOCATED.set(True)
+    try:
+        yield
+    finally:
+        _UNALLOCATED.reset(token)
 
 
 def normal(*shape: int, std: float) -> nn.Parameter:
@@ -38,6 +55,10 @@ class Table(nn.Module):
     def dense(self) -> Tensor:
         """All rows, float32[N, D]. Not to be called on a table larger than memory."""
 
+    def full_softmax(self, states_PD: Tensor, targets_P: Tensor) -> Tensor:
+        """Summed cross-entropy of each state's target row against all rows, a scalar."""
+        return full_softmax(states_PD, self.dense(), targets_P)
+
 
 class DenseTable(Table):
     """The plain table: a float32 parameter `weight` of shape [N, D]."""
@@ -45,7 +66,11 @@ class DenseTable(Table):
     def __init__(self, num_rows: int, dim: int, *, std: float | None = None) -> None:
         super().__init__()
         self.num_rows, self.dim = num_rows, dim
-        self.weight = normal(num_rows, dim, std=dim**-0.5 if std is None else std)
+        self.std = dim**-0.5 if std is None else std
+        if _UNALLOCATED.get():
+            self.weight = nn.Parameter(torch.empty(num_rows, dim, device="meta"))
+        else:
+            self.weight = normal(num_rows, dim, std=self.std)
 
     def forward(self, rows: Tensor) -> Tensor:
         found = nn.functional.embedding(rows.clamp(min=0), self.weight)
@@ -60,6 +85,7 @@ class DenseTable(Table):
         made = DenseTable.__new__(DenseTable)
         nn.Module.__init__(made)
         made.num_rows, made.dim = weight.shape
+        made.std = made.dim**-0.5
         made.weight = nn.Parameter(weight.float().contiguous(), requires_grad=False)
         return made
 

@@ -5,6 +5,7 @@ Shapes: P positions, D dims, N items, S sampled negatives.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,34 +14,57 @@ from torch import Tensor, nn
 _LOGITS = 1 << 22  # logits in memory at a time
 
 
-class _FullSoftmax(torch.autograd.Function):
-    """Sum of cross-entropies over all items; gradients are made chunk by chunk in the forward pass,
+Combine = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(log-sum-exp [C] over the rows at hand, target's logit [C] or 0) -> the same over all rows."""
 
-    so that the [P, N] logits never exist as a whole and are computed once.
+
+def softmax_slopes(
+    states_PD: Tensor,
+    items_ND: Tensor,
+    targets_P: Tensor,
+    dtype: torch.dtype,
+    combine: Combine | None = None,
+    width: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses [P], d sum / d states [P, D], d sum / d items [N, D]) of the softmax over all items.
+
+    Chunk by chunk, so that the [P, N] logits never exist as a whole and are computed once. A target of
+    -1 is not among these items; `combine` then brings in what the others hold. `width` is the largest
+    N of those who combine, so that all have the same chunks.
     """
+    grad_states = torch.empty_like(states_PD)
+    grad_items = torch.zeros_like(items_ND, dtype=torch.float32)
+    losses = states_PD.new_empty(len(states_PD))
+    chunk = max(1, _LOGITS // max(1, width or len(items_ND)))
+    items = items_ND.to(dtype)
+    for start in range(0, len(states_PD), chunk):
+        part = slice(start, start + chunk)
+        states, targets = states_PD[part].to(dtype), targets_P[part].unsqueeze(1)
+        here = targets >= 0
+        logits = (states @ items.T).float()
+        log_z = logits.logsumexp(1)
+        target = (logits.gather(1, targets.clamp(min=0)) * here).squeeze(1)
+        if combine is not None:
+            log_z, target = combine(log_z, target)
+        losses[part] = log_z - target
+        slope = logits.sub_(log_z.unsqueeze(1)).exp_()  # d loss / d logits = softmax - one hot
+        slope.scatter_add_(1, targets.clamp(min=0), -here.to(slope.dtype))
+        slope = slope.to(dtype)
+        grad_states[part] = (slope @ items).to(grad_states.dtype)
+        grad_items += (slope.T @ states).to(grad_items.dtype)
+    return losses, grad_states, grad_items
+
+
+class _FullSoftmax(torch.autograd.Function):
+    """Sum of cross-entropies over all items; the gradients are made in the forward pass."""
 
     @staticmethod
     def forward(
         ctx: Any, states_PD: Tensor, items_ND: Tensor, targets_P: Tensor, dtype: torch.dtype
     ) -> Tensor:
-        grad_states = torch.empty_like(states_PD)
-        grad_items = torch.zeros_like(items_ND)
-        total = states_PD.new_zeros(())
-        chunk = max(1, _LOGITS // len(items_ND))
-        items = items_ND.to(dtype)
-        for start in range(0, len(states_PD), chunk):
-            part = slice(start, start + chunk)
-            states, targets = states_PD[part].to(dtype), targets_P[part].unsqueeze(1)
-            logits = (states @ items.T).float()
-            log_z = logits.logsumexp(1, keepdim=True)
-            total += (log_z - logits.gather(1, targets)).sum()
-            slope = logits.sub_(log_z).exp_()  # d loss / d logits = softmax - one hot
-            slope.scatter_add_(1, targets, slope.new_full(targets.shape, -1.0))
-            slope = slope.to(dtype)
-            grad_states[part] = (slope @ items).to(grad_states.dtype)
-            grad_items += (slope.T @ states).to(grad_items.dtype)
+        losses, grad_states, grad_items = softmax_slopes(states_PD, items_ND, targets_P, dtype)
         ctx.save_for_backward(grad_states, grad_items)
-        return total
+        return losses.sum()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

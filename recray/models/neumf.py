@@ -25,7 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from recray.data.batches import Negatives, SequenceBatch, generator, sequence_batches
+from recray.data import feed
+from recray.data.batches import Negatives, SequenceBatch, chances, sequence_batches
 from recray.data.sequences import Histories
 from recray.errors import ConfigError
 from recray.models.base import Catalogue, Context, ModelConfig, Ranker, seeded
@@ -149,14 +150,13 @@ class NeuMF(Ranker):
         )
 
     def batches(
-        self, data: Dataset, *, batch_size: int, epoch: int, seed: int, rank: int, world: int
+        self, data: Dataset, *, batch_size: int, epoch: int, seed: int, rank: int, world: int, skip: int = 0
     ) -> Iterator[tuple[SequenceBatch, NDArray[np.int64]]]:
         """Batches of sequences, each with the context of its targets, int64[B, T, columns]."""
         c = self.config
-        histories = data.histories("train")
-        context = data.interactions("train").context if self.columns else {}
+        context = feed.context(data, "train", self.columns)
         for batch in sequence_batches(
-            histories,
+            feed.histories(data),
             self.n_items,
             max_len=c.max_len,
             batch_size=batch_size,
@@ -165,13 +165,20 @@ class NeuMF(Ranker):
             rank=rank,
             world=world,
             negatives=Negatives(c.negatives, "popularity", c.power, c.uniform_share),
+            skip=skip,
         ):
             at = np.maximum(batch.at, 0)
             rows = np.zeros((*at.shape, len(self.columns)), dtype=np.int64)
             for i, column in enumerate(self.columns):
-                rows[..., i] = context[column][at]
-            rows[generator(batch.seed).random(rows.shape) < _UNKNOWN] = 0
+                hidden = chances(at, seed, epoch, 5, i) < _UNKNOWN  # by its place: alike at any world size
+                rows[..., i] = np.where(hidden, 0, context[column][at])
             yield batch, rows
+
+    def lookups(self, batch: tuple[SequenceBatch, NDArray[np.int64]]) -> dict[str, list[Tensor]]:
+        history = [torch.from_numpy(batch[0].inputs)]
+        targets, negatives = batch[0].targets, torch.from_numpy(batch[0].negatives)
+        items = [torch.from_numpy(targets[targets >= 0]).unsqueeze(1), negatives]
+        return {"history_gmf": history, "history_mlp": history, "item_gmf": items, "item_mlp": items}
 
     def loss(self, batch: tuple[SequenceBatch, NDArray[np.int64]]) -> Tensor:
         sequence, context = batch
@@ -187,7 +194,7 @@ class NeuMF(Ranker):
             p_mlp_PE = torch.cat([p_mlp_PD, self._context(torch.from_numpy(context).to(device)[real])], -1)
             gmf, mlp = self.tables["item_gmf"], self.tables["item_mlp"]
             positive_P = net.pairs(
-                p_gmf_PD, p_mlp_PE, gmf(targets_P).unsqueeze(1), mlp(targets_P).unsqueeze(1)
+                p_gmf_PD, p_mlp_PE, gmf(targets_P.unsqueeze(1)), mlp(targets_P.unsqueeze(1))
             ).squeeze(1)
             negative_PS = net.pairs(p_gmf_PD, p_mlp_PE, gmf(negatives_S), mlp(negatives_S))
         if self.config.loss == "sampled":

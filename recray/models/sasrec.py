@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from recray.data import feed
 from recray.data.batches import Negatives, Sampling, SequenceBatch, sequence_batches
 from recray.data.sequences import Histories
 from recray.errors import ConfigError
 from recray.models.base import Catalogue, ModelConfig, Retriever, seeded
 from recray.models.embeddings import DenseTable, normal
-from recray.models.losses import full_softmax, sampled_softmax
+from recray.models.losses import sampled_softmax
 
 if TYPE_CHECKING:
     from recray.data.dataset import Dataset
@@ -130,11 +131,11 @@ class SASRec(Retriever):
         )
 
     def batches(
-        self, data: Dataset, *, batch_size: int, epoch: int, seed: int, rank: int, world: int
+        self, data: Dataset, *, batch_size: int, epoch: int, seed: int, rank: int, world: int, skip: int = 0
     ) -> Iterator[SequenceBatch]:
         c = self.config
         return sequence_batches(
-            data.histories("train"),
+            feed.histories(data),
             self.n_items,
             max_len=c.max_len,
             batch_size=batch_size,
@@ -143,7 +144,14 @@ class SASRec(Retriever):
             rank=rank,
             world=world,
             negatives=Negatives(c.negatives, c.sampling) if c.loss == "sampled" else None,
+            skip=skip,
         )
+
+    def lookups(self, batch: SequenceBatch) -> dict[str, list[Tensor]]:
+        rows = [torch.from_numpy(batch.inputs)]
+        if self.config.loss == "sampled":
+            rows += [torch.from_numpy(batch.targets[batch.targets >= 0]), torch.from_numpy(batch.negatives)]
+        return {"item": rows}
 
     def loss(self, batch: SequenceBatch) -> Tensor:
         device, table = self.device, self.tables["item"]
@@ -155,7 +163,7 @@ class SASRec(Retriever):
         real = targets_BL >= 0
         states_PD, targets_P = states_BLD[real], targets_BL[real]
         if self.config.loss == "softmax":
-            summed = full_softmax(states_PD, table.dense(), targets_P)  # type: ignore[operator]
+            summed = table.full_softmax(states_PD, targets_P)  # type: ignore[operator]
         else:
             negatives_S = torch.from_numpy(batch.negatives).to(device)
             summed = sampled_softmax(
@@ -165,7 +173,8 @@ class SASRec(Retriever):
                 negatives_S,
                 torch.from_numpy(batch.log_q).to(device),
             )
-        return summed / batch.positions
+        mean: Tensor = summed / batch.positions
+        return mean
 
     def inputs(self, histories: Histories) -> tuple[Tensor, Tensor]:
         """What the network eats: item vectors float32[B, L, D] oldest first, and lengths int64[B]."""

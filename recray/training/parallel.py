@@ -1,14 +1,11 @@
-"""Several ranks, one model: what is averaged over them, tables apart from the dense rest.
+"""Several ranks, one model: the dense weights are on every rank whole and their gradients averaged.
 
-Data-parallel for both today. The two halves are kept apart because they scale differently: dense
-weights are small and every rank needs them whole; a table grows with the catalogue and a rank needs
-only the rows it reads. Sharding a table changes `_average_tables` and nothing else of the loop.
+Tables are spread over the ranks instead (`sharding.py`); they have no parameters here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -37,48 +34,39 @@ class Ranks:
         found: list[float] = on_wire.tolist()
         return found
 
+    def gather(self, word: bytes, device: torch.device) -> list[bytes]:
+        """Every rank's word, all of the same length, in order of rank. Nobody goes on before all are here."""
+        if self.size == 1:
+            return [word]
+        mine = torch.frombuffer(bytearray(word or b" "), dtype=torch.uint8).to(device)
+        every = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(every, mine)
+        return [bytes(part.cpu().numpy()) if word else b"" for part in every]
+
     def same_start(self, model: Model) -> None:
-        """Give every rank the weights of rank 0."""
+        """Give every rank the dense weights of rank 0."""
         if self.size > 1:
             with torch.no_grad():
                 for value in model.state_dict().values():
                     dist.broadcast(value, src=0)
 
-    def average_gradients(self, model: Model) -> None:
-        """Replace each gradient by its mean over the ranks."""
+    def average(self, parameters: list[nn.Parameter], loss: Tensor, batches: int) -> Tensor:
+        """Replace each gradient by its mean over the ranks and `batches`; gives the loss's mean.
+
+        One message for all of them: latency, not bandwidth, is what they cost.
+        """
+        if self.size == 1 and batches == 1:
+            return loss
+        gradients = [_gradient(p) for p in parameters]
+        flat = torch.cat([loss.reshape(1), *(g.reshape(-1) for g in gradients)])
         if self.size > 1:
-            tables, dense = split_parameters(model)
-            _average_dense(dense, self.size)
-            _average_tables(tables, self.size)
-
-
-def split_parameters(model: Model) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(parameters of the tables, all the others), each once, trainable ones only."""
-    in_tables = {id(p) for p in model.tables.parameters()}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [p for p in trained if id(p) in in_tables], [p for p in trained if id(p) not in in_tables]
-
-
-def _average_dense(parameters: list[nn.Parameter], ranks: int) -> None:
-    """One message for all dense gradients: latency, not bandwidth, is what they cost."""
-    if not parameters:
-        return
-    gradients = [_gradient(p) for p in parameters]
-    flat = torch.cat([g.reshape(-1) for g in gradients])
-    dist.all_reduce(flat)
-    flat /= ranks
-    start = 0
-    for gradient in gradients:
-        gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
-        start += gradient.numel()
-
-
-def _average_tables(parameters: list[nn.Parameter], ranks: int) -> None:
-    """A message a table, in place: a second copy of a table may not fit."""
-    waiting: list[Any] = [dist.all_reduce(_gradient(p), async_op=True) for p in parameters]
-    for parameter, work in zip(parameters, waiting):
-        work.wait()
-        _gradient(parameter).div_(ranks)
+            dist.all_reduce(flat)
+        flat /= self.size * batches
+        start = 1
+        for gradient in gradients:
+            gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
+            start += gradient.numel()
+        return flat[0]
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,28 +24,42 @@ from recray.errors import ConfigError, InputError
 from recray.manifest import Artefact, digest, write_artefact
 from recray.models import build_model, model_class
 from recray.models.base import Catalogue, Model
-from recray.models.saved import save_model
+from recray.models.saved import WEIGHTS, save_model
 from recray.recipes import Recipe, Train
 from recray.storage import Place, check_writable, place, write_file
-from recray.training.checkpoint import EpochReport, Position, State, last_state, load_state
-from recray.training.loop import epoch_words, fit
+from recray.training.checkpoint import (
+    EpochReport,
+    Position,
+    State,
+    assemble_model,
+    best_state,
+    last_state,
+    open_state,
+)
+from recray.training.following import Log
+from recray.training.loop import epoch_words, fit, pick_device
+from recray.training.metrics import tracked, wanted
+from recray.training.work import check_room, set_beside
 
 if TYPE_CHECKING:
     from recray.data.dataset import Dataset
+
+_WORTH_S = 30.0  # seconds of a run that are worth the second of measuring what the plan would have said
 
 
 def train(
     dataset: Dataset,
     recipe: Recipe,
     *,
-    workers: int = 0,
+    workers: int | tuple[int, int] = 0,
     gpu: bool = False,
     out: str | os.PathLike[str] | Place,
 ) -> Artefact:
     """Train the recipe's model and leave a checkpoint at `out`.
 
-    `workers=0` trains in this process; more are Ray Train workers that share each batch. `gpu` asks
-    for one device a worker. A model that is fitted in closed form is always fitted in this process.
+    `workers=0` trains in this process; more are Ray Train workers that share each batch, and a range
+    (least, most) follows the nodes of the cluster. `gpu` asks for one device a worker. Of the models that
+    are fitted in closed form only those that share the work among ranks use workers.
 
     Raises ConfigError for a bad recipe, InputError for a place or dataset that cannot be used,
     TrainingError for a loss that is not finite (the run's last good state is kept).
@@ -53,32 +67,48 @@ def train(
     target = place(out)
     check_writable(target)
     recipe = resolve(recipe, gpu=gpu)
-    if workers < 0:
-        raise ConfigError(f"workers is {workers}", fix="give 0 (this process) or more")
+    check_workers(workers)
     started = time.perf_counter()
-    catalogue = Catalogue(dataset.n_items, dataset.context_sizes)
-    model = build_model(recipe.model, catalogue, recipe.options, seed=recipe.train.seed)
-    if not model.gradient:
+    kind = model_class(recipe.model)
+    if not kind.gradient and not (workers and kind.shares_fit):
         if workers:
-            progress.say(f"{recipe.model} is fitted in closed form: in this process, without workers")
+            progress.say(f"{recipe.model} is fitted in one process, without workers")
+        catalogue = Catalogue(dataset.n_items, dataset.context_sizes)
+        model = build_model(recipe.model, catalogue, recipe.options, seed=recipe.train.seed)
         measured = dict(model.fit(dataset, seed=recipe.train.seed))
-        model.eval()
-        return _leave(target, dataset, recipe, model, {"fit": measured}, started)
-    with _run_folder(target, dataset, recipe, workers) as run:
+        return _leave(target, dataset, recipe, model.eval(), {"fit": measured}, started)
+    with (
+        _run_folder(target, dataset, recipe, bool(workers)) as run,
+        tracked(recipe, target, run.folder) as log,
+    ):
         if workers:
-            from recray.training.on_ray import train_on_ray  # Ray is imported only when it is asked for
+            from recray.training.on_ray import fitted, train_on_ray  # Ray is imported only when asked for
 
-            state = train_on_ray(
-                dataset, recipe, workers=workers, gpu=gpu, folder=run.folder, storage=run.storage
+            finished = train_on_ray(
+                dataset,
+                recipe,
+                run.identity,
+                workers=workers,
+                gpu=gpu,
+                folder=run.folder,
+                storage=run.storage,
+                log=log,
             )
-            model.load_state_dict(state.kept)
-            model.eval()
-            position = state.position
+            if not kind.gradient:
+                weights, told = finished.best / WEIGHTS, fitted(finished.best)
+                made = _leave(target, dataset, recipe, weights, told, started)
+                run.remove()
+                return made
+            position, best = open_state(finished.newest).position, finished.best
         else:
-            position = _train_here(model, dataset, recipe, run.folder)
+            position, best = _train_here(dataset, recipe, run, log)
+        seconds = time.perf_counter() - started
         report = _report(position)
-        progress.say(f"trained {recipe.name} in {time.perf_counter() - started:.1f} s{_kept(position)}")
-        made = _leave(target, dataset, recipe, model, report, started)
+        if seconds > _WORTH_S:
+            ranks = workers if isinstance(workers, int) else workers[0]
+            report["plan"] = set_beside(recipe, dataset, position, ranks=max(1, ranks))
+        progress.say(f"trained {recipe.name} in {seconds:.1f} s{_kept(position)}")
+        made = _leave(target, dataset, recipe, best, report, started)
         run.remove()
     return made
 
@@ -93,25 +123,48 @@ def resolve(recipe: Recipe, *, gpu: bool = False) -> Recipe:
 
 def check(train: Train) -> None:
     """Raise ConfigError for a number that cannot be trained with."""
-    least = {"epochs": 1, "batch_size": 1, "valid_users": 1}
-    least |= {"warmup_steps": 0, "patience": 0, "threads": 0, "seed": 0, "clip_norm": 0, "weight_decay": 0}
+    least = {"epochs": 1, "batch_size": 1, "accumulate": 1}
+    least |= dict.fromkeys(("warmup_steps", "patience", "threads", "seed", "valid_users", "save_steps"), 0)
+    least |= dict.fromkeys(("clip_norm", "weight_decay", "table_lr"), 0)
     for name, bound in least.items():
         if not getattr(train, name) >= bound:
             raise ConfigError(f"train.{name} is {getattr(train, name)}", fix=f"it must be {bound} or more")
     if not 0 < train.lr < float("inf"):
         raise ConfigError(f"train.lr is {train.lr}", fix="it must be above 0")
+    wanted(train.track)
 
 
-def _train_here(model: Model, dataset: Dataset, recipe: Recipe, folder: Path) -> Position:
-    def keep(epoch: EpochReport, state: State) -> None:
-        state.save(folder)
-        progress.say(epoch_words(epoch, recipe.train.epochs))
+def check_workers(workers: int | tuple[int, int]) -> None:
+    """Raise ConfigError for a number or a range of workers that cannot be."""
+    if isinstance(workers, int):
+        if workers < 0:
+            raise ConfigError(f"workers is {workers}", fix="give 0 (this process) or more")
+    elif not (len(workers) == 2 and 1 <= workers[0] <= workers[1]):
+        raise ConfigError(f"workers is {workers}", fix="a range is (least, most), of 1 or more")
 
-    resume = last_state(folder)
+
+def _train_here(dataset: Dataset, recipe: Recipe, run: RunFolder, log: Log) -> tuple[Position, Path]:
+    """Train in this process; gives where it ended, and the folder of the best state."""
+
+    def keep(epoch: EpochReport | None, state: State) -> None:
+        state.save(run.folder)
+        if epoch is not None:
+            progress.say(epoch_words(epoch, recipe.train.epochs))
+            log(epoch, 1)
+
+    resume = last_state(run.folder)
     if resume:
-        done = load_state(resume, weights_only=True).position.epoch
-        progress.say(f"going on after epoch {done} of {recipe.train.epochs}")
-    return fit(model, dataset, recipe.train, report=keep, resume=resume, bars=True).position
+        done = open_state(resume, run.identity).position
+        progress.say(f"going on after epoch {done.epoch} of {recipe.train.epochs}")
+        for epoch in done.history:  # one may have been kept and not logged
+            log(epoch, 1)
+    catalogue, seed = Catalogue(dataset.n_items, dataset.context_sizes), recipe.train.seed
+    check_room(recipe, catalogue, pick_device(recipe.train.device))
+    model = build_model(recipe.model, catalogue, recipe.options, seed=seed, allocate=False)
+    position = fit(
+        model, dataset, recipe.train, report=keep, resume=resume, identity=run.identity, bars=True
+    ).position
+    return position, best_state(run.folder, position)
 
 
 def _kept(position: Position) -> str:
@@ -132,14 +185,24 @@ def _report(position: Position) -> dict[str, Any]:
 
 
 def _leave(
-    target: Place, dataset: Dataset, recipe: Recipe, model: Model, report: dict[str, Any], started: float
+    target: Place,
+    dataset: Dataset,
+    recipe: Recipe,
+    made: Model | Path,
+    report: dict[str, Any],
+    started: float,
 ) -> Artefact:
-    """Write the checkpoint artefact."""
+    """Write the checkpoint artefact: of a model, of the file of one, or of a state's folder."""
 
     def fill(folder: Path) -> None:
-        save_model(folder, model.cpu())
+        if isinstance(made, Path) and made.name == WEIGHTS:
+            shutil.copyfile(made, folder / WEIGHTS)
+        elif isinstance(made, Path):
+            assemble_model(made, folder / WEIGHTS)
+        else:
+            save_model(folder, made.cpu())
 
-    catalogue = {"n_items": model.catalogue.n_items, "context": dict(model.catalogue.context)}
+    catalogue = {"n_items": dataset.n_items, "context": dict(dataset.context_sizes)}
     seconds = round(time.perf_counter() - started, 3)
     return write_artefact(
         target,
@@ -157,6 +220,7 @@ class RunFolder:
 
     folder: Path
     storage: Place
+    identity: Mapping[str, str]  # what a state must be of, to be gone on from
 
     def clear(self) -> None:
         """Remove what an earlier run left, here and on remote storage; the lock stays."""
@@ -174,7 +238,7 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def _run_folder(target: Place, dataset: Dataset, recipe: Recipe, workers: int) -> Iterator[RunFolder]:
+def _run_folder(target: Place, dataset: Dataset, recipe: Recipe, on_ray: bool) -> Iterator[RunFolder]:
     """The folder of this very run, locked; what another recipe or dataset left there is removed.
 
     Raises InputError when another process is training into the same place.
@@ -185,9 +249,9 @@ def _run_folder(target: Place, dataset: Dataset, recipe: Recipe, workers: int) -
         "recipe": digest(config.as_dict(recipe)),
         "dataset": dataset.artefact.hash,
         "version": recray.__version__,
-        "engine": "ray" if workers else "process",
+        "engine": "ray" if on_ray else "process",
     }
-    run = RunFolder(folder, storage)
+    run = RunFolder(folder, storage, {name: identity[name] for name in ("recipe", "dataset", "version")})
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

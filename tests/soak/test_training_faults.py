@@ -15,7 +15,7 @@ import pytest
 from recray.data.dataset import Dataset
 from recray.errors import ConfigError, InputError
 from recray.training.run import train
-from tests.ray.test_training import DRIVER, SMALL, lines_of, small, wait_for
+from tests.ray.test_training import DRIVER, SMALL, epochs_of, lines_of, small, wait_for, workers_of
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,10 +31,10 @@ def test_three_kills_in_one_run(ray_cluster: str, ring: Dataset, tmp_path: Path)
 
     def kill_thrice() -> None:
         for rank in (0, 1, 0):
-            before = len(lines_of(run))
-            last = wait_for(lambda: [x for x in lines_of(run)[before:] if "pids" in x], 300)[-1]  # noqa: B023
-            os.kill(last["pids"][rank], signal.SIGKILL)
-            killed.append(last["epoch"])
+            before = len(epochs_of(run))
+            wait_for(lambda: len(epochs_of(run)) > before, 300)  # noqa: B023
+            os.kill(workers_of(run)[rank], signal.SIGKILL)
+            killed.append(rank)
             wait_for(lambda: sum("lost" in x for x in lines_of(run)) == len(killed), 300)
 
     killer = threading.Thread(target=kill_thrice, daemon=True)
@@ -73,7 +73,7 @@ def test_an_interrupt_stops_all_and_the_run_goes_on_later(ring: Dataset, tmp_pat
     )
     assert driver.stderr is not None
     try:
-        wait_for(lambda: len(lines_of(run)) >= 2 or driver.poll() is not None, 300)
+        wait_for(lambda: len(epochs_of(run)) >= 2 or driver.poll() is not None, 300)
         tree = psutil.Process(driver.pid).children(recursive=True)
         driver.send_signal(signal.SIGINT)
         said = driver.stderr.read()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recray.data.batches import Negatives, SequenceBatch, sequence_batches, steps, windows
+from recray.data.batches import Negatives, SequenceBatch, Windows, chances, sequence_batches, steps, windows
 from recray.data.sequences import Histories
 
 users = st.lists(st.lists(st.integers(0, 9), max_size=12), max_size=12)
@@ -26,7 +27,8 @@ def test_windows_make_every_interaction_but_the_first_a_target_once(
     rows: list[list[int]], max_len: int
 ) -> None:
     histories = Histories.of(rows)
-    starts, lengths = windows(histories, max_len)
+    cut = windows(histories, max_len)
+    starts, lengths = cut.spans(np.arange(len(cut)))
     found = Counter(int(t) for s, n in zip(starts, lengths) for t in range(s + 1, s + n))
     firsts = set(histories.offsets[:-1].tolist())
     assert found == Counter(t for t in range(len(histories.items)) if t not in firsts)
@@ -53,6 +55,60 @@ def test_ranks_have_equally_many_batches_and_together_the_epoch(
     seen = np.concatenate([[-1], *[batch.at.ravel() for batch in alone]])
     targets = sum(max(len(row) - 1, 0) for row in rows)
     assert len(set(seen[seen >= 0])) == (seen >= 0).sum() == targets
+
+
+def whole_steps(histories: Histories, world: int, **changes: object) -> list[tuple[set[int], object, float]]:
+    """Of each step, over all ranks: where its targets lie, its negatives, the sum of its positions."""
+    shares = [epoch(histories, rank=r, world=world, **changes) for r in range(world)]
+    for batches in zip(*shares, strict=True):
+        for batch in batches:
+            np.testing.assert_array_equal(batch.negatives, batches[0].negatives)
+            np.testing.assert_array_equal(batch.log_q, batches[0].log_q)
+    return [
+        (
+            {int(at) for batch in batches for at in batch.at.ravel() if at >= 0},
+            batches[0].negatives.tolist(),
+            sum(batch.positions for batch in batches),
+        )
+        for batches in zip(*shares, strict=True)
+    ]
+
+
+@settings(max_examples=40)
+@given(
+    rows=st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=12), min_size=4, max_size=12),
+    world=st.integers(2, 4),
+    sampling=st.sampled_from([None, "uniform", "popularity", "in-batch"]),
+)
+def test_a_step_is_the_same_windows_and_negatives_at_every_world_size(
+    rows: list[list[int]], world: int, sampling: Any
+) -> None:
+    how = None if sampling is None else Negatives(5, sampling)
+    settings = {"batch_size": 2 * world, "negatives": how}  # no step has fewer windows than there are ranks
+    histories = Histories.of(rows)
+    assert whole_steps(histories, world, **settings) == whole_steps(histories, 1, **settings)
+
+
+@settings(max_examples=40)
+@given(rows=users, skip=st.integers(0, 60), batch_size=st.integers(1, 3))
+def test_skipping_is_dropping(rows: list[list[int]], skip: int, batch_size: int) -> None:
+    how = Negatives(4, "popularity")
+    made = {"max_len": 1, "negatives": how, "batch_size": batch_size, "rank": 1, "world": 2}
+    histories = Histories.of(rows)
+    assert same(epoch(histories, skip=skip, **made), epoch(histories, **made)[skip:])
+
+
+def test_skipped_steps_cost_nothing() -> None:
+    class Counted(Windows):
+        def spans(self, which: Any) -> Any:
+            asked.append(len(which))
+            return super().spans(which)
+
+    asked: list[int] = []
+    cut = windows(Histories.of([[1, 2]] * 1000), 4)
+    made = list(steps(Counted(cut.offsets, cut.first, 4), 2, epoch=0, seed=0, skip=490))
+    assert [step.number for step in made] == list(range(490, 500))
+    assert sum(asked) <= 2 * 2 * 32  # one chunk of 32 steps, and the rest of the last
 
 
 @settings(max_examples=40, deadline=None)
@@ -90,11 +146,16 @@ def test_the_seed_and_the_epoch_decide_a_batch(sampling: str) -> None:
 
 
 def test_steps_hold_windows_of_near_length() -> None:
-    lengths = np.random.default_rng(0).integers(1, 60, 640)
-    made = steps(lengths, 20, epoch=0, seed=0)
-    assert sorted(np.concatenate(made).tolist()) == list(range(640))
-    wasted = sum(len(step) * lengths[step].max() for step in made) / lengths.sum()
+    lengths = np.random.default_rng(0).integers(2, 60, 650)
+    cut = windows(Histories.of([[0] * n for n in lengths]), 60)
+    made = list(steps(cut, 20, epoch=0, seed=0))
+    assert [step.number for step in made] == list(range(33))  # 650 / 20, rounded up
+    assert min(len(step.starts) for step in made) >= 19  # the rest is spread, not a small step of its own
+    assert sorted(np.concatenate([s.starts for s in made]).tolist()) == cut.offsets[:-1].tolist()
+    wasted = sum(len(step.lengths) * step.lengths.max() for step in made) / lengths.sum()
     assert wasted < 1.05  # padding; unsorted it is about 1.9
+    turns = np.array([step.lengths.mean() for step in made])
+    assert abs(np.corrcoef(turns, np.arange(len(turns)))[0, 1]) < 0.5  # but they come in no order of length
 
 
 @pytest.mark.parametrize(
@@ -121,3 +182,13 @@ def test_in_batch_negatives_are_targets_of_the_batch() -> None:
     assert set(batch.negatives) == {1, 2, 3}
     share = np.bincount(histories.items, minlength=10) / len(histories.items)
     np.testing.assert_allclose(batch.log_q, np.log(50 * share[batch.negatives]), rtol=1e-5)
+
+
+def test_chances_are_uniform_and_belong_to_their_place() -> None:
+    at = np.arange(20_000).reshape(100, 200)
+    made = chances(at, 1, 2)
+    np.testing.assert_array_equal(chances(at[7:9, 5:], 1, 2), made[7:9, 5:])
+    share = np.histogram(made, 10, (0, 1))[0] / made.size
+    np.testing.assert_allclose(share, 0.1, atol=0.01)
+    assert abs(np.corrcoef(made.ravel(), chances(at, 1, 3).ravel())[0, 1]) < 0.05
+    assert abs(np.corrcoef(made.ravel()[1:], made.ravel()[:-1])[0, 1]) < 0.05

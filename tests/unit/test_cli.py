@@ -77,8 +77,13 @@ def test_version(capsys: Capture) -> None:
         (["prepair"], "invalid choice: 'prepair'"),
         (["train"], "train: the following arguments are required: DATASET"),
         (["train", "x", "--worker", "2"], "unrecognized arguments: --worker 2"),
-        (["train", "x", "--workers", "-1"], "'-1' is not a whole number of at least 0"),
-        (["train", "x", "--workers", "two"], "'two' is not a whole number"),
+        (["train", "x", "--workers", "-1"], "'-1' is neither a number of workers nor a range"),
+        (["train", "x", "--workers", "two"], "'two' is neither a number of workers nor a range"),
+        (["train", "x", "--workers", "4-2"], "'4-2' is neither a number of workers nor a range"),
+        (["train", "x", "--workers", "0-2"], "'0-2' is neither a number of workers nor a range"),
+        (["train", "x", "--workers", "1-2-3"], "'1-2-3' is neither a number of workers nor a range"),
+        (["train", "x", "--workers", "2-"], "'2-' is neither a number of workers nor a range"),
+        (["prepare", "x", "--workers", "2-4"], "'2-4' is not a whole number of at least 0"),
         (["prepare", "x", "--columns", "user"], "cannot read 'user'"),
         (["prepare", "x", "--columns", "user=a,user=b"], "'user' is given twice"),
         (["prepare", "x", "--event-weights", "view=much"], "write for example view=1,buy=5"),
@@ -115,6 +120,15 @@ def test_an_artefact_prints_its_path_and_nothing_else(
     assert "a library talks" in err
     named = {"recipe": "ials", "workers": 2, "gpu": False, "set": ["train.lr=1", "a=b"], "out": None}
     assert calls == [(("data",), named)]
+
+
+@pytest.mark.parametrize(("given", "meant"), [("0", 0), ("3", 3), ("2-4", (2, 4)), ("2-2", 2)])
+def test_workers_of_train_may_be_a_range(
+    given: str, meant: Any, artefact: Artefact, stand_in: Any, capsys: Capture
+) -> None:
+    calls = stand_in("train", lambda: artefact)
+    assert main(["train", "data", "--workers", given]) == 0
+    assert calls[0][1]["workers"] == meant
 
 
 def test_json_is_strict(artefact: Artefact, stand_in: Any, capsys: Capture) -> None:

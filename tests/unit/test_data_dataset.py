@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recray.data import dataset, parts, spans
+from recray.data import dataset, feed, parts, spans
 from recray.data.dataset import Dataset, open_dataset
 from recray.data.prepare import prepare
 from recray.errors import ArtefactError, InputError
@@ -249,3 +249,29 @@ def test_a_context_column_may_have_the_name_of_a_role(tmp_path: Path) -> None:
     assert [made.event_names[e] for e in made.events.tolist()] == ["buy", "view", ""]
     assert made.context["event"].tolist() == [1, 2, 0]
     assert data.context_values["time"] == ["", "1", "2", "3"]
+
+
+def test_a_limit_draws_some_of_the_cases(tmp_path: Path) -> None:
+    rows = [(f"u{u}", f"i{(u + t) % 9}", t) for u in range(30) for t in range(4)]
+    data = prepare(log(tmp_path, rows), out=tmp_path / "out")
+    whole, some = data.cases("valid"), data.cases("valid", 7, seed=3)
+    assert len(some) == 7
+    assert data.cases("valid", 7, seed=3).user_rows.tolist() == some.user_rows.tolist()
+    assert data.cases("valid", 7, seed=4).user_rows.tolist() != some.user_rows.tolist()
+    assert len(data.cases("valid", 30)) == len(whole) == 30
+    same = whole.take(np.searchsorted(whole.user_rows, some.user_rows))
+    assert same.histories.items.tolist() == some.histories.items.tolist()
+    assert same.targets.items.tolist() == some.targets.items.tolist()
+
+
+def test_a_large_split_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [(f"u{u}", f"i{(u + t) % 9}", t) for u in range(9) for t in range(4)]
+    held = prepare(log(tmp_path, rows), out=tmp_path / "out").cases("test")
+    monkeypatch.setattr(feed, "SMALL", 0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    data = open_dataset(tmp_path / "out")
+    mapped = data.cases("test")
+    assert not data.histories("train").items.flags.writeable
+    for a, b in ((mapped.histories, held.histories), (mapped.targets, held.targets)):
+        for name in ("items", "offsets", "weights", "times"):
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))

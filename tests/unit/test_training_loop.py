@@ -11,8 +11,9 @@ import torch
 
 from recray.errors import ArtefactError, ConfigError, InputError
 from recray.recipes import Train
-from recray.training.checkpoint import EpochReport, State, last_state, load_state
+from recray.training.checkpoint import EpochReport, Saved, State, best_state, last_state, open_state
 from recray.training.loop import TrainingError, epoch_words, fit, pick_device
+from recray.training.sharding import gathered
 from tests.unit.training_fakes import FakeData, Tiny
 
 TRAIN = Train(epochs=6, batch_size=16, lr=0.02, warmup_steps=4, patience=0, device="cpu", threads=1)
@@ -29,8 +30,9 @@ def run(
     model = model or new()
     reports: list[EpochReport] = []
 
-    def keep(report: EpochReport, state: State) -> None:
-        reports.append(report)
+    def keep(report: EpochReport | None, state: State) -> None:
+        if report is not None:
+            reports.append(report)
         if folder:
             folder.mkdir(exist_ok=True)
             state.save(folder)
@@ -39,10 +41,16 @@ def run(
     return model, reports, result
 
 
-def kept(folder: Path) -> State:
+def kept(folder: Path) -> Saved:
     found = last_state(folder)
     assert found
-    return load_state(found)
+    return open_state(found)
+
+
+def weights(model: Tiny) -> dict[str, torch.Tensor]:
+    """Everything learned, the tables whole."""
+    with gathered(model):
+        return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def test_loss_falls_and_the_metric_rises() -> None:
@@ -59,28 +67,23 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     assert [r.epoch for r in reports] == [4, 5, 6]
     assert [r.loss for r in reports] == [r.loss for r in whole_reports[3:]]
     assert [r.loss for r in result.position.history] == [r.loss for r in whole_reports]
-    for name, value in whole.state_dict().items():
-        torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0)
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], value)
 
 
-def test_best_weights_are_restored_also_after_a_resume(tmp_path: Path) -> None:
+def test_the_best_state_is_kept_beside_the_last_also_after_a_resume(tmp_path: Path) -> None:
     patient = replace(TRAIN, epochs=60, patience=3, lr=0.3)
-    seen: dict[int, dict[str, torch.Tensor]] = {}
-    model = new()
-
-    def keep(report: EpochReport, state: State) -> None:
-        seen[report.epoch] = {k: v.clone() for k, v in state.weights.items()}
-        (tmp_path / f"{report.epoch}").mkdir()
-        state.write(tmp_path / f"{report.epoch}")
-
-    result = fit(model, FakeData(), patient, report=keep)  # type: ignore[arg-type]
+    _, _, result = run(patient, tmp_path / "state")
     best, last = result.position.best_epoch, result.position.epoch
     assert last == best + 3 < 60, "this rate must overshoot, or the test shows nothing"
-    assert all(torch.equal(model.state_dict()[k], v) for k, v in seen[best].items())
-    again = new()
-    fit(again, FakeData(), patient, resume=tmp_path / f"{last - 1}")  # type: ignore[arg-type]
-    assert all(torch.equal(again.state_dict()[k], v) for k, v in seen[best].items())
-    assert all(torch.equal(load_state(tmp_path / f"{last}").kept[k], v) for k, v in seen[best].items())
+    assert len(list((tmp_path / "state").iterdir())) == 2
+    kept_best = best_state(tmp_path / "state", result.position)
+    assert open_state(kept_best).position.epoch == best
+    run(replace(patient, epochs=best + 1), tmp_path / "again")
+    *_, again = run(patient, tmp_path / "again", resume=last_state(tmp_path / "again"))
+    assert again.position.best_epoch == best
+    for name, digest in open_state(kept_best).files.items():
+        assert open_state(best_state(tmp_path / "again", again.position)).files[name] == digest
 
 
 def test_without_validation_the_last_weights_stay() -> None:
@@ -94,10 +97,10 @@ def test_without_validation_the_last_weights_stay() -> None:
 def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_state(tmp_path: Path) -> None:
     model = new()
     model.poison_at = 4 * 2 + 3  # four steps an epoch
-    with pytest.raises(TrainingError, match="nan at epoch 3, step 3"):
+    with pytest.raises(TrainingError, match=r"nan at epoch 3, batch 3 \(step 11\)"):
         run(TRAIN, tmp_path / "state", model=model)
     assert kept(tmp_path / "state").position.epoch == 2
-    assert all(torch.isfinite(v).all() for v in model.state_dict().values())
+    assert all(torch.isfinite(v).all() for v in weights(model).values())
 
 
 def test_an_unknown_metric_is_refused_before_the_first_step() -> None:
@@ -119,9 +122,9 @@ def test_the_validation_sample_is_the_same_each_epoch_and_run() -> None:
 
 
 def test_clipping_and_warmup_act() -> None:
-    plain = run(replace(TRAIN, epochs=1, lr=0.1))[0].state_dict()
+    plain = weights(run(replace(TRAIN, epochs=1, lr=0.1))[0])
     for change in ({"warmup_steps": 1000}, {"clip_norm": 1e-9}):
-        other = run(replace(TRAIN, epochs=1, lr=0.1, **change))[0].state_dict()  # type: ignore[arg-type]
+        other = weights(run(replace(TRAIN, epochs=1, lr=0.1, **change))[0])  # type: ignore[arg-type]
         assert any(not torch.equal(plain[k], other[k]) for k in plain), change
 
 
@@ -141,32 +144,63 @@ def test_threads_are_given_back() -> None:
         torch.set_num_threads(before)
 
 
-def test_a_state_with_a_flipped_byte_is_refused(tmp_path: Path) -> None:
+def test_two_batches_an_update_are_one_of_twice_the_size() -> None:
+    small = replace(TRAIN, epochs=2, batch_size=10, accumulate=5, warmup_steps=0)
+    model, reports, result = run(small)
+    assert result.position.step == 2 * 1
+    large, large_reports, _ = run(replace(small, batch_size=50, accumulate=1))
+    assert [r.loss for r in reports] == pytest.approx([r.loss for r in large_reports], rel=1e-5)
+    for name, value in weights(large).items():
+        torch.testing.assert_close(weights(model)[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["adam", "adagrad", "sgd"])
+def test_every_optimizer_of_tables_learns_in_f32_and_bf16(kind: str) -> None:
+    rate = {"adam": 0.02, "adagrad": 0.1, "sgd": 2.0}[kind]
+    for dtype in ("f32", "bf16"):
+        change = replace(TRAIN, epochs=12, table_optimizer=kind, table_lr=rate, table_dtype=dtype)  # type: ignore[arg-type]
+        model, reports, _ = run(change)
+        assert reports[-1].loss < 0.8 * reports[0].loss, (kind, dtype)
+        assert model.tables["item"].weight.dtype == (torch.bfloat16 if dtype == "bf16" else torch.float32)
+
+
+def test_a_table_that_overflows_stops_the_run_before_its_state_is_kept(tmp_path: Path) -> None:
+    huge = replace(TRAIN, table_optimizer="sgd", table_lr=1e38, warmup_steps=0, batch_size=50, epochs=3)
+    with pytest.raises(TrainingError):
+        run(huge, tmp_path / "state")
+    assert not (tmp_path / "state").exists() or kept(tmp_path / "state").position.epoch < 3
+
+
+def test_an_altered_state_is_refused(tmp_path: Path) -> None:
     run(replace(TRAIN, epochs=1), tmp_path / "state")
     state = last_state(tmp_path / "state")
     assert state
-    victim = state / "model.safetensors"
+    (victim,) = state.glob("table-item-*")
     data = bytearray(victim.read_bytes())
     data[-3] ^= 1
     victim.write_bytes(bytes(data))
     with pytest.raises(ArtefactError, match="altered"):
         run(TRAIN, resume=state)
-    (state / "state.json").write_text('{"files": {}, "position": 3}')
-    with pytest.raises(ArtefactError, match="cannot be read"):
+    victim.unlink()
+    with pytest.raises(ArtefactError, match="missing"):
         run(TRAIN, resume=state)
 
 
-def test_a_state_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(replace(TRAIN, epochs=2), tmp_path / "state")
+def test_a_state_of_another_recipe_is_refused(tmp_path: Path) -> None:
+    identity = {"recipe": "a", "version": "1"}
+    fit(
+        new(),
+        FakeData(),
+        replace(TRAIN, epochs=1),
+        identity=identity,
+        report=lambda _, state: _save(state, tmp_path),
+    )  # type: ignore[arg-type]
+    with pytest.raises(ArtefactError, match="another recipe"):
+        fit(new(), FakeData(), TRAIN, identity={**identity, "recipe": "b"}, resume=last_state(tmp_path))  # type: ignore[arg-type]
 
-    def full(*_: object) -> None:
-        raise OSError("no space left")
 
-    monkeypatch.setattr("recray.training.checkpoint.save_file", full)
-    with pytest.raises(OSError, match="no space"):
-        run(TRAIN, tmp_path / "state", resume=last_state(tmp_path / "state"))
-    assert kept(tmp_path / "state").position.epoch == 2
-    assert [p.name for p in (tmp_path / "state").iterdir()] == ["state-00002"]
+def _save(state: State, folder: Path) -> None:
+    state.save(folder)
 
 
 def test_devices() -> None:

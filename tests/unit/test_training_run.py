@@ -23,7 +23,7 @@ from recray.models.saved import load_model
 from recray.recipes import Recipe, Train, recipe
 from recray.storage import place
 from recray.training import run as run_module
-from recray.training.checkpoint import EpochReport, State, last_state, load_state
+from recray.training.checkpoint import EpochReport, State, last_state, open_state
 from recray.training.run import check, run_places, train
 
 WORDS = [
@@ -111,6 +111,32 @@ def test_a_run_that_was_cut_off_goes_on(
     assert resumed.manifest.files == whole.manifest.files, "bit-equal weights"
 
 
+def test_a_run_cut_off_in_the_middle_of_an_epoch_goes_on_at_the_next_batch(
+    ring: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train.batch_size=8", "train.save_steps=3", "train.epochs=2"]
+    whole = train(ring, small(*words), out=tmp_path / "whole")
+    save = State.save
+
+    def dying(self: State, folder: Path) -> Path:
+        kept = save(self, folder)
+        if self.position.epoch == 1 and self.position.batch == 4:
+            raise CutError
+        return kept
+
+    monkeypatch.setattr(State, "save", dying)
+    with pytest.raises(CutError):
+        train(ring, small(*words), out=tmp_path / "cut")
+    monkeypatch.setattr(State, "save", save)
+    last = last_state(tmp_path / ".cut.run")
+    assert last
+    assert open_state(last).position.batch == 4
+    resumed = train(ring, small(*words), out=tmp_path / "cut")
+    assert resumed.manifest.files == whole.manifest.files, "bit-equal weights"
+    losses = [[epoch["loss"] for epoch in a.manifest.report["history"]] for a in (whole, resumed)]
+    assert losses[0] == losses[1]
+
+
 def test_another_recipe_starts_anew_and_says_so(
     ring: Dataset, tmp_path: Path, cut_after: Callable[[int], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,7 +174,7 @@ def test_a_run_killed_by_9_goes_on(ring: Dataset, tmp_path: Path) -> None:
     assert not out.exists()
     kept = last_state(run)
     assert kept
-    epoch = load_state(kept).position.epoch
+    epoch = open_state(kept).position.epoch
     reports: list[EpochReport] = []
     original = run_module.epoch_words
 
@@ -189,7 +215,10 @@ def test_an_out_with_other_things_is_refused_before_any_work(ring: Dataset, tmp_
         ({"lr": 0.0}, "train.lr is 0"),
         ({"lr": float("nan")}, "train.lr is nan"),
         ({"clip_norm": float("nan")}, "train.clip_norm is nan"),
-        ({"valid_users": 0}, "train.valid_users"),
+        ({"valid_users": -1}, "train.valid_users"),
+        ({"accumulate": 0}, "train.accumulate is 0"),
+        ({"save_steps": -1}, "train.save_steps"),
+        ({"table_lr": float("nan")}, "train.table_lr is nan"),
     ],
 )
 def test_numbers_that_cannot_be_trained_with(change: dict[str, Any], says: str) -> None:

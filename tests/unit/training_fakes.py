@@ -38,11 +38,11 @@ class Tiny(Retriever):
         self.calls = 0
 
     def batches(
-        self, data: Any, *, batch_size: int, epoch: int, seed: int, rank: int, world: int
+        self, data: Any, *, batch_size: int, epoch: int, seed: int, rank: int, world: int, skip: int = 0
     ) -> Iterator[Batch]:
         histories = data.histories("train")
         order = np.random.default_rng([seed, epoch]).permutation(len(histories))
-        for start in range(0, len(order), batch_size):
+        for start in range(skip * batch_size, len(order), batch_size):
             step = order[start : start + batch_size]
             mine = step[rank::world]
             rows, lengths = histories.take(mine).padded(8)
@@ -92,6 +92,7 @@ class FakeData:
     def has_split(self, name: str) -> bool:
         return self.valid
 
-    def cases(self, split: str) -> Cases:
-        users = np.arange(len(self.whole), dtype=np.int32)
-        return Cases(users, self.whole.without_last(1), self.whole.last(1), {})
+    def cases(self, split: str, limit: int = 10**9, seed: int = 0) -> Cases:
+        users = np.arange(len(self.whole), dtype=np.int32)[:limit]
+        known, targets = self.whole.without_last(1), self.whole.last(1)
+        return Cases(users, known.take(users), targets.take(users), {})

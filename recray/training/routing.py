@@ -1,0 +1,90 @@
+"""Which rows a step reads, each once, and whom to ask for them.
+
+Shapes: n looked-up positions, U distinct ones in ascending order, D dims.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_POSITION_BITS = 32  # a table has fewer rows than 2 ** 32 (layout.LARGEST)
+
+
+@dataclass(frozen=True, eq=False)
+class Distinct:
+    """`values[inverse]` are the positions that were given; `order` lists them grouped by value."""
+
+    values: Tensor  # int64[U] ascending
+    inverse: Tensor  # int64[n] in [0, U)
+    order: Tensor  # int64[n]: places of the first value, of the second ...
+    starts: Tensor  # int64[U]: where each value's places start in `order`
+
+    def summed(self, grad_nD: Tensor) -> Tensor:
+        """The rows of each value added up, [U, D]: exact under duplicates, always in the same order."""
+        if not len(self.values):
+            return grad_nD.new_zeros((0, grad_nD.shape[1]))
+        # the pooling kernel reads each row once and writes each sum once
+        return torch.nn.functional.embedding_bag(self.order, grad_nD, self.starts, mode="sum")
+
+
+def distinct(positions_n: Tensor) -> Distinct:
+    """Sort and deduplicate int64[n] positions in [0, 2^32)."""
+    n = len(positions_n)
+    if positions_n.device.type != "cpu" or n >= 1 << (63 - _POSITION_BITS):
+        return _distinct(*torch.sort(positions_n, stable=True))
+    # sorting one word that holds both is several times quicker than sorting with an index
+    shift = max(n - 1, 1).bit_length()
+    words = positions_n.numpy() << shift
+    words |= np.arange(n)
+    words.sort()
+    order = words & ((1 << shift) - 1)
+    words >>= shift
+    return _distinct(torch.from_numpy(words), torch.from_numpy(order))
+
+
+def _distinct(sorted_n: Tensor, order: Tensor) -> Distinct:
+    first = torch.ones(len(sorted_n), dtype=torch.bool, device=sorted_n.device)
+    torch.ne(sorted_n[1:], sorted_n[:-1], out=first[1:])
+    starts = first.nonzero().squeeze(1)
+    inverse = torch.empty_like(order)
+    inverse[order] = first.cumsum(0) - 1
+    return Distinct(sorted_n[starts], inverse, order, starts)
+
+
+@dataclass(eq=False)
+class Route:
+    """One exchange: what was asked for, who owns it, and who asks this rank for what."""
+
+    asked: list[Tensor]  # what the model will look up, int64 each, any shape
+    found: Distinct  # over all of them, by position; -1 (padding) stands for itself
+    padded: bool  # whether found.values[0] is padding
+    splits: list[int]  # distinct positions of each owner
+    local: Tensor  # int64[m] own rows that this rank (and the others, by rank) asked for
+    counts: list[int]  # how many each asked for
+    rows: Tensor | None = None  # float32[U, D] once fetched
+    grads: dict[int, Tensor] = field(default_factory=dict)  # number in `asked` -> float32[n, D]
+
+    def places(self, number: int) -> slice:
+        """Where the lookups of one entry of `asked` lie among all."""
+        start = sum(a.numel() for a in self.asked[:number])
+        return slice(start, start + self.asked[number].numel())
+
+    def number_of(self, rows: Tensor) -> int | None:
+        """Which entry of `asked` these rows are."""
+        for number, known in enumerate(self.asked):
+            if known.shape == rows.shape and torch.equal(known, rows):
+                return number
+        return None
+
+    def summed(self) -> Tensor:
+        """The gradient of every distinct row that is not padding."""
+        like = next(iter(self.grads.values()))
+        parts = [
+            self.grads[k] if k in self.grads else like.new_zeros((a.numel(), like.shape[1]))
+            for k, a in enumerate(self.asked)
+        ]
+        return self.found.summed(parts[0] if len(parts) == 1 else torch.cat(parts))[int(self.padded) :]
