@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks._lookups import START, Lookups, Work, join, meet
 from benchmarks._process import Answer, serve
 from recray.models.embeddings import DenseTable, unallocated_tables
+from recray.training.heap import keep_freed_memory
 from recray.training.row_files import file_name, write_rows
 from recray.training.row_update import RowOptimizer
 from recray.training.sharding import ShardedTable
@@ -25,6 +26,7 @@ TYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 def open_table(work: Work) -> ShardedTable:
     """This rank's rows."""
     cpu = torch.device("cpu")
+    keep_freed_memory()
     if work.ranks > 1:
         join(work)
     with unallocated_tables():

@@ -36,14 +36,18 @@ def distinct(positions_n: Tensor) -> Distinct:
     n = len(positions_n)
     if positions_n.device.type != "cpu" or n >= 1 << (63 - _POSITION_BITS):
         return _distinct(*torch.sort(positions_n, stable=True))
-    # sorting one word that holds both is several times quicker than sorting with an index
+    # numpy sorts one word that holds both several times quicker than torch sorts with an index
     shift = max(n - 1, 1).bit_length()
     words = positions_n.numpy() << shift
     words |= np.arange(n)
     words.sort()
     order = words & ((1 << shift) - 1)
     words >>= shift
-    return _distinct(torch.from_numpy(words), torch.from_numpy(order))
+    first = np.ones(n, np.bool_)
+    np.not_equal(words[1:], words[:-1], out=first[1:])
+    starts, inverse = np.flatnonzero(first), np.empty(n, np.int64)
+    inverse[order] = np.cumsum(first) - 1
+    return Distinct(*map(torch.from_numpy, (words[starts], inverse, order, starts)))
 
 
 def _distinct(sorted_n: Tensor, order: Tensor) -> Distinct:

@@ -31,7 +31,7 @@ from recray.models.losses import softmax_slopes
 from recray.training.layout import Layout
 from recray.training.routing import Route, distinct
 from recray.training.row_update import Noise, RowOptimizer
-from recray.training.wire import Wire
+from recray.training.wire import Picked, Wire
 
 _INIT_ROWS = 1 << 14  # rows that one seed draws: a rank draws only the blocks it owns rows of
 
@@ -147,11 +147,9 @@ class ShardedTable(Table):
 
     def _fetch(self, route: Route) -> Tensor:
         """float32[U, D]: the distinct rows, from wherever they are; zeros for padding."""
-        local = nn.functional.embedding(route.local, self.weight)
-        if self.wire.size > 1:
-            local, _ = self.wire.exchange(local.float(), route.counts, route.splits, self.wire_dtype)
-        local = local.float()
-        return nn.functional.pad(local, (0, 0, 1, 0)) if route.padded else local
+        picked = Picked(self.weight, route.local)
+        rows, _ = self.wire.exchange(picked, route.counts, route.splits, self.wire_dtype)
+        return nn.functional.pad(rows, (0, 0, 1, 0)) if route.padded else rows
 
     # -- losses over all rows ----------------------------------------------------------------------
     def dense(self) -> Tensor:

@@ -8,11 +8,13 @@ process group (gloo or NCCL).
 from __future__ import annotations
 
 import hashlib
+import math
 import mmap
 import os
 import platform
 import time
 from abc import abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,32 @@ _MOST_RANKS = 24  # on one machine; what fits a control page
 _MAGIC = 0x7265637261790001
 
 
+@dataclass(frozen=True, eq=False)
+class Picked:
+    """Rows of a tensor, not read yet: a wire that can reads them straight to where they go."""
+
+    table: Tensor  # [N, D] float
+    rows: Tensor  # int64[n]
+
+    dtype = torch.float32  # of what is read
+
+    @property
+    def shape(self) -> torch.Size:
+        """(n, D)"""
+        return torch.Size((len(self.rows), *self.table.shape[1:]))
+
+    def read(self) -> Tensor:
+        """float32[n, D]"""
+        return torch.nn.functional.embedding(self.rows, self.table).float()
+
+    def write(self, start: int, stop: int, into: Tensor) -> None:
+        """Put some of them into memory that is there."""
+        if into.dtype == self.table.dtype:
+            torch.index_select(self.table, 0, self.rows[start:stop], out=into)
+        else:
+            into.copy_(torch.nn.functional.embedding(self.rows[start:stop], self.table))
+
+
 class Wire:
     """All ranks must make the same calls in the same order. Shapes: n rows sent, m rows got."""
 
@@ -39,7 +67,7 @@ class Wire:
     @abstractmethod
     def exchange(
         self,
-        send: Tensor,
+        send: Tensor | Picked,
         splits: list[int],
         expect: list[int] | None = None,
         dtype: torch.dtype | None = None,
@@ -63,12 +91,12 @@ class AloneWire(Wire):
 
     def exchange(
         self,
-        send: Tensor,
+        send: Tensor | Picked,
         splits: list[int],
         expect: list[int] | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, list[int]]:
-        return send, splits
+        return send.read() if isinstance(send, Picked) else send, splits
 
 
 class GroupWire(Wire):
@@ -80,11 +108,12 @@ class GroupWire(Wire):
 
     def exchange(
         self,
-        send: Tensor,
+        send: Tensor | Picked,
         splits: list[int],
         expect: list[int] | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, list[int]]:
+        send = send.read() if isinstance(send, Picked) else send
         if expect is None:
             counts = torch.tensor(splits, dtype=torch.int64, device=self.device)
             theirs = torch.empty_like(counts)
@@ -170,16 +199,16 @@ class SharedWire(Wire):
 
     def exchange(
         self,
-        send: Tensor,
+        send: Tensor | Picked,
         splits: list[int],
         expect: list[int] | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, list[int]]:
         turn = self._turn = self._turn + 1
-        on_wire = dtype or send.dtype  # rows are converted while they are copied, which costs nothing
-        width = on_wire.itemsize * (send[0].numel() if len(send) else 0)
+        kind, shape = send.dtype, send.shape[1:]
+        on_wire = dtype or kind  # rows are converted while they are copied, which costs nothing
         ends = np.cumsum([0, *splits])
-        self._say(turn, send, on_wire, ends, width)
+        self._say(turn, send, on_wire, ends, shape)
         counts = [0] * self.size
         for rank in range(self.size):
             if rank == self.rank:
@@ -187,28 +216,34 @@ class SharedWire(Wire):
                 continue
             self._await(rank, turn)
             counts[rank] = int(self._boxes[rank].table(turn, self.size)[self.rank, 1])
-        got = torch.empty((sum(counts), *send.shape[1:]), dtype=send.dtype)
+        got = torch.empty((sum(counts), *shape), dtype=kind)
         for rank, part in enumerate(torch.split(got, counts)):
             if rank == self.rank:
-                part.copy_(send[ends[rank] : ends[rank + 1]])
+                _put(send, int(ends[rank]), int(ends[rank + 1]), part)
             elif counts[rank]:
                 memory = self._boxes[rank].heard(turn, self._pids[rank])
                 first = int(self._boxes[rank].table(turn, self.size)[self.rank, 0])
-                part.copy_(_tensor(memory, part, on_wire, first))
+                part.copy_(_tensor(memory, part.shape, on_wire, first))
         return got, counts
 
     def _say(
-        self, turn: int, send: Tensor, on_wire: torch.dtype, ends: NDArray[np.int64], width: int
+        self,
+        turn: int,
+        send: Tensor | Picked,
+        on_wire: torch.dtype,
+        ends: NDArray[np.int64],
+        shape: torch.Size,
     ) -> None:
         """Put all but this rank's own rows into this turn's page, then publish the turn."""
+        width = on_wire.itemsize * shape.numel()
         memory = self._room(turn & 1, int(ends[-1]) * width)
         table = self._box.table(turn, self.size)
         table[:, 0] = ends[:-1] * width
         table[:, 1] = np.diff(ends)
         for start, stop in ((0, int(ends[self.rank])), (int(ends[self.rank + 1]), int(ends[-1]))):
             if stop > start and width:
-                part = send[start:stop]
-                _tensor(memory, part, on_wire, start * width).copy_(part)
+                into = _tensor(memory, (stop - start, *shape), on_wire, start * width)
+                _put(send, start, stop, into)
         self._box.control[0] = turn
 
     def _room(self, which: int, size: int) -> mmap.mmap:
@@ -236,9 +271,16 @@ class SharedWire(Wire):
                     raise RuntimeError(f"rank {rank} is gone")
 
 
-def _tensor(memory: mmap.mmap, like: Tensor, dtype: torch.dtype, offset: int) -> Tensor:
-    """A view into shared memory of `like`'s shape."""
-    return torch.frombuffer(memory, dtype=dtype, count=like.numel(), offset=offset).view(like.shape)
+def _tensor(memory: mmap.mmap, shape: tuple[int, ...], dtype: torch.dtype, offset: int) -> Tensor:
+    """A view into shared memory."""
+    return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
+
+
+def _put(send: Tensor | Picked, start: int, stop: int, into: Tensor) -> None:
+    if isinstance(send, Picked):
+        send.write(start, stop, into)
+    else:
+        into.copy_(send[start:stop])
 
 
 def _alive(pid: int) -> bool:
