@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from recray.training.wire import Rows
+
 _POSITION_BITS = 32  # a table has fewer rows than 2 ** 32 (layout.LARGEST)
 
 
@@ -25,10 +27,26 @@ class Distinct:
 
     def summed(self, grad_nD: Tensor) -> Tensor:
         """The rows of each value added up, [U, D]: exact under duplicates, always in the same order."""
-        if not len(self.values):
-            return grad_nD.new_zeros((0, grad_nD.shape[1]))
+        return Sums(self, grad_nD).read()
+
+
+class Sums(Rows):
+    """The gradients of distinct rows, each added up when it is asked for; the first `skip` are left out."""
+
+    def __init__(self, found: Distinct, grad_nD: Tensor, skip: int = 0) -> None:
+        self.found, self.grad_nD, self.skip = found, grad_nD, skip
+        self.shape = torch.Size((len(found.values) - skip, grad_nD.shape[1]))
+
+    def part(self, start: int, stop: int) -> Tensor:
+        if start == stop:
+            return self.grad_nD.new_zeros((0, self.shape[1]))
+        starts = self.found.starts[start + self.skip : stop + self.skip]
+        first = int(starts[0])
+        last = int(self.found.starts[stop + self.skip]) if stop < self.shape[0] else len(self.found.order)
         # the pooling kernel reads each row once and writes each sum once
-        return torch.nn.functional.embedding_bag(self.order, grad_nD, self.starts, mode="sum")
+        return torch.nn.functional.embedding_bag(
+            self.found.order[first:last], self.grad_nD, starts - first, mode="sum"
+        )
 
 
 def distinct(positions_n: Tensor) -> Distinct:
@@ -84,11 +102,11 @@ class Route:
                 return number
         return None
 
-    def summed(self) -> Tensor:
+    def summed(self) -> Sums:
         """The gradient of every distinct row that is not padding."""
         like = next(iter(self.grads.values()))
         parts = [
             self.grads[k] if k in self.grads else like.new_zeros((a.numel(), like.shape[1]))
             for k, a in enumerate(self.asked)
         ]
-        return self.found.summed(parts[0] if len(parts) == 1 else torch.cat(parts))[int(self.padded) :]
+        return Sums(self.found, parts[0] if len(parts) == 1 else torch.cat(parts), int(self.padded))

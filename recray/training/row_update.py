@@ -60,11 +60,15 @@ class RowOptimizer:
         lr: float,
         noise: Noise = _QUIET,
         scale: float = 1.0,
+        rows_UD: Tensor | None = None,
     ) -> None:
-        """Update `weight[touched]` in place; touched int64[U] distinct, grad float32[U, D] times `scale`."""
+        """Update `weight[touched]` in place; touched int64[U] distinct, grad float32[U, D] times `scale`.
+
+        `rows_UD` are those rows as they are, float32, where the caller has them: they are overwritten.
+        """
         state = {name: _take(slot, touched) for name, slot in slots.items()}
         rate_U1, direction_UD = self._direction(state, grad_UD, scale)
-        rows_UD = _take(weight, touched).float()
+        rows_UD = _take(weight, touched).float() if rows_UD is None else rows_UD
         if self.weight_decay:
             rows_UD.mul_(1 - lr * self.weight_decay)
         rows_UD.addcmul_(direction_UD, rate_U1, value=-lr)

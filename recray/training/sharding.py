@@ -72,7 +72,8 @@ class ShardedTable(Table):
         self.slots = optimizer.slots(self.stop - self.start, self.dim, self.device)
         self._anchor = torch.zeros((), requires_grad=True, device=self.device)  # makes autograd call back
         self._routes: list[Route] = []
-        self._sent: list[tuple[Tensor, Tensor]] = []  # (own rows, their gradients) of batches before this
+        # own rows, their gradients and, of one rank, what they hold: of the batches since the last step
+        self._sent: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._whole: Tensor | None = None  # float32[n, D], from losses that read every row
 
     # -- forward -----------------------------------------------------------------------------------
@@ -106,8 +107,9 @@ class ShardedTable(Table):
         flat = _cat([a.reshape(-1) for a in asked])
         low, high = torch.aminmax(flat) if len(flat) else (flat.new_tensor(0), flat.new_tensor(0))
         bad = int(high) if int(high) >= self.num_rows else None
-        positions = self.layout.positions(flat.clamp(0, self.num_rows - 1))
         padded = int(low) < 0
+        inside = flat.clamp(0, self.num_rows - 1) if padded or bad is not None else flat
+        positions = self.layout.positions(inside)
         if padded:  # one more 'position' in front of all others
             positions = torch.where(flat < 0, 0, positions + 1)
         found = distinct(positions)
@@ -177,14 +179,18 @@ class ShardedTable(Table):
     def send_back(self) -> None:
         """After a backward pass: give the gradients to the owners of their rows."""
         for route in self._routes:
-            if self.wire.size > 1:
-                grads = (
-                    route.summed() if route.grads else self.weight.new_zeros((sum(route.splits), self.dim))
+            if route.grads or self.wire.size > 1:
+                none = (
+                    torch.zeros(sum(route.splits), self.dim, device=self.device) if not route.grads else None
                 )
+                grads = route.summed() if none is None else none
                 got, _ = self.wire.exchange(grads, route.splits, route.counts, self.wire_dtype)
-                self._sent.append((route.local, got))
-            elif route.grads:
-                self._sent.append((route.local, route.summed()))
+                alone = (
+                    route.rows[int(route.padded) :]
+                    if self.wire.size == 1 and route.rows is not None
+                    else None
+                )
+                self._sent.append((route.local, got, alone))
         self._routes.clear()
 
     def forget(self) -> None:
@@ -201,16 +207,16 @@ class ShardedTable(Table):
         self.send_back()
         scale, noise = 1 / (self.wire.size * batches), Noise(number, self.start)
         if self._whole is not None:
-            for local, grad in self._sent:
+            for local, grad, _ in self._sent:
                 self._whole.index_add_(0, local, grad)
             self.optimizer.step_all(self.weight, self.slots, self._whole, lr, noise, scale)
         elif self._sent:
-            touched, grad = self._sent[0]
+            touched, grad, rows = self._sent[0]
             if len(self._sent) > 1 or self.wire.size > 1:
-                among = distinct(_cat([local for local, _ in self._sent]))
-                touched, grad = among.values, among.summed(_cat([g for _, g in self._sent]))
+                among = distinct(_cat([sent[0] for sent in self._sent]))
+                touched, grad, rows = among.values, among.summed(_cat([s[1] for s in self._sent])), None
             if len(touched):
-                self.optimizer.step(self.weight, self.slots, touched, grad, lr, noise, scale)
+                self.optimizer.step(self.weight, self.slots, touched, grad, lr, noise, scale, rows)
         self.forget()
 
     def is_finite(self) -> bool:
@@ -256,7 +262,6 @@ class _Read(torch.autograd.Function):
         flat = grads[0].reshape(-1, grads[0].shape[-1]).float()
         before = ctx.route.grads.get(ctx.number)
         ctx.route.grads[ctx.number] = flat if before is None else before + flat
-        ctx.route.rows = None
         return None, None, None, None
 
 

@@ -14,7 +14,6 @@ import os
 import platform
 import time
 from abc import abstractmethod
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,30 +31,34 @@ _MOST_RANKS = 24  # on one machine; what fits a control page
 _MAGIC = 0x7265637261790001
 
 
-@dataclass(frozen=True, eq=False)
-class Picked:
-    """Rows of a tensor, not read yet: a wire that can reads them straight to where they go."""
+class Rows:
+    """float32[n, D] that is not worked out yet: a wire has each part made when and where it is wanted."""
 
-    table: Tensor  # [N, D] float
-    rows: Tensor  # int64[n]
-
-    dtype = torch.float32  # of what is read
-
-    @property
-    def shape(self) -> torch.Size:
-        """(n, D)"""
-        return torch.Size((len(self.rows), *self.table.shape[1:]))
+    dtype = torch.float32
+    shape: torch.Size
 
     def read(self) -> Tensor:
-        """float32[n, D]"""
-        return torch.nn.functional.embedding(self.rows, self.table).float()
+        """All of it."""
+        return self.part(0, self.shape[0])
+
+    @abstractmethod
+    def part(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop)."""
 
     def write(self, start: int, stop: int, into: Tensor) -> None:
-        """Put some of them into memory that is there."""
-        if into.dtype == self.table.dtype:
-            torch.index_select(self.table, 0, self.rows[start:stop], out=into)
-        else:
-            into.copy_(torch.nn.functional.embedding(self.rows[start:stop], self.table))
+        """Put rows [start, stop) into memory that is there, of any dtype."""
+        into.copy_(self.part(start, stop))
+
+
+class Picked(Rows):
+    """Rows of a table."""
+
+    def __init__(self, table: Tensor, rows: Tensor) -> None:
+        self.table, self.rows = table, rows
+        self.shape = torch.Size((len(rows), *table.shape[1:]))
+
+    def part(self, start: int, stop: int) -> Tensor:
+        return torch.nn.functional.embedding(self.rows[start:stop], self.table).float()
 
 
 class Wire:
@@ -67,7 +70,7 @@ class Wire:
     @abstractmethod
     def exchange(
         self,
-        send: Tensor | Picked,
+        send: Tensor | Rows,
         splits: list[int],
         expect: list[int] | None = None,
         dtype: torch.dtype | None = None,
@@ -91,12 +94,12 @@ class AloneWire(Wire):
 
     def exchange(
         self,
-        send: Tensor | Picked,
+        send: Tensor | Rows,
         splits: list[int],
         expect: list[int] | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, list[int]]:
-        return send.read() if isinstance(send, Picked) else send, splits
+        return send.read() if isinstance(send, Rows) else send, splits
 
 
 class GroupWire(Wire):
@@ -108,12 +111,12 @@ class GroupWire(Wire):
 
     def exchange(
         self,
-        send: Tensor | Picked,
+        send: Tensor | Rows,
         splits: list[int],
         expect: list[int] | None = None,
         dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, list[int]]:
-        send = send.read() if isinstance(send, Picked) else send
+        send = send.read() if isinstance(send, Rows) else send
         if expect is None:
             counts = torch.tensor(splits, dtype=torch.int64, device=self.device)
             theirs = torch.empty_like(counts)
@@ -199,7 +202,7 @@ class SharedWire(Wire):
 
     def exchange(
         self,
-        send: Tensor | Picked,
+        send: Tensor | Rows,
         splits: list[int],
         expect: list[int] | None = None,
         dtype: torch.dtype | None = None,
@@ -209,27 +212,23 @@ class SharedWire(Wire):
         on_wire = dtype or kind  # rows are converted while they are copied, which costs nothing
         ends = np.cumsum([0, *splits])
         self._say(turn, send, on_wire, ends, shape)
-        counts = [0] * self.size
-        for rank in range(self.size):
-            if rank == self.rank:
-                counts[rank] = splits[rank]
-                continue
-            self._await(rank, turn)
-            counts[rank] = int(self._boxes[rank].table(turn, self.size)[self.rank, 1])
+        counts = expect or [splits[r] if r == self.rank else self._told(r, turn)[1] for r in range(self.size)]
         got = torch.empty((sum(counts), *shape), dtype=kind)
-        for rank, part in enumerate(torch.split(got, counts)):
-            if rank == self.rank:
-                _put(send, int(ends[rank]), int(ends[rank + 1]), part)
-            elif counts[rank]:
-                memory = self._boxes[rank].heard(turn, self._pids[rank])
-                first = int(self._boxes[rank].table(turn, self.size)[self.rank, 0])
-                part.copy_(_tensor(memory, part.shape, on_wire, first))
+        parts = torch.split(got, counts)
+        # what stays here comes first: meanwhile the neighbours get ready
+        _put(send, int(ends[self.rank]), int(ends[self.rank + 1]), parts[self.rank])
+        for rank, part in enumerate(parts):
+            if rank != self.rank:
+                first, _ = self._told(rank, turn)
+                if counts[rank]:
+                    memory = self._boxes[rank].heard(turn, self._pids[rank])
+                    part.copy_(_tensor(memory, part.shape, on_wire, first))
         return got, counts
 
     def _say(
         self,
         turn: int,
-        send: Tensor | Picked,
+        send: Tensor | Rows,
         on_wire: torch.dtype,
         ends: NDArray[np.int64],
         shape: torch.Size,
@@ -257,6 +256,12 @@ class SharedWire(Wire):
             self._box.control[4 + which] += 1
         return page.memory
 
+    def _told(self, rank: int, turn: int) -> tuple[int, int]:
+        """(first byte, rows) of what a neighbour has for this rank, once it says so."""
+        self._await(rank, turn)
+        first, rows = self._boxes[rank].table(turn, self.size)[self.rank].tolist()
+        return first, rows
+
     def _await(self, rank: int, turn: int) -> None:
         control, looks, started = self._boxes[rank].control, 0, 0.0
         while control[0] < turn:
@@ -276,8 +281,8 @@ def _tensor(memory: mmap.mmap, shape: tuple[int, ...], dtype: torch.dtype, offse
     return torch.frombuffer(memory, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
 
 
-def _put(send: Tensor | Picked, start: int, stop: int, into: Tensor) -> None:
-    if isinstance(send, Picked):
+def _put(send: Tensor | Rows, start: int, stop: int, into: Tensor) -> None:
+    if isinstance(send, Rows):
         send.write(start, stop, into)
     else:
         into.copy_(send[start:stop])
