@@ -7,6 +7,7 @@ tables         1 M x 64, 2,048 x 20 unpooled ids a step, row-wise Adagrad, at on
 pooled         the same, each sample's 20 rows summed
 sasrec_ml1m    next-item predictions a second while training, and test quality; sasrec_beauty likewise
 ials           ml1m_ncf, closed form
+feed           the share of a step that waits for its batch, and the memory of a large log
 memory         50 M x 64 on two ranks, checkpoint included
 """
 
@@ -53,6 +54,13 @@ def ials(quick: bool) -> Iterator[Row]:
     return ials_rows(quick)
 
 
+def feed(quick: bool) -> Iterator[Row]:
+    """Waiting for batches, and what a large log takes."""
+    from benchmarks._feed import feed_rows
+
+    return feed_rows(quick)
+
+
 def memory(quick: bool) -> Iterator[Row]:
     """A table that fills the machine."""
     from benchmarks._tables import memory_rows
@@ -61,7 +69,7 @@ def memory(quick: bool) -> Iterator[Row]:
 
 
 WORKS: dict[str, Callable[[bool], Iterator[Row]]] = {
-    work.__name__: work for work in (tables, pooled, sasrec_ml1m, sasrec_beauty, ials, memory)
+    work.__name__: work for work in (tables, pooled, sasrec_ml1m, sasrec_beauty, ials, feed, memory)
 }
 
 

@@ -31,7 +31,7 @@ from recray.models.losses import softmax_slopes
 from recray.training.layout import Layout
 from recray.training.routing import Route, distinct
 from recray.training.row_update import Noise, RowOptimizer
-from recray.training.wire import Picked, Wire
+from recray.training.wire import Picked, Rows, Wire
 
 _INIT_ROWS = 1 << 14  # rows that one seed draws: a rank draws only the blocks it owns rows of
 
@@ -178,19 +178,18 @@ class ShardedTable(Table):
     # -- the optimizer -----------------------------------------------------------------------------
     def send_back(self) -> None:
         """After a backward pass: give the gradients to the owners of their rows."""
+        alone = self.wire.size == 1
         for route in self._routes:
-            if route.grads or self.wire.size > 1:
-                none = (
-                    torch.zeros(sum(route.splits), self.dim, device=self.device) if not route.grads else None
-                )
-                grads = route.summed() if none is None else none
-                got, _ = self.wire.exchange(grads, route.splits, route.counts, self.wire_dtype)
-                alone = (
-                    route.rows[int(route.padded) :]
-                    if self.wire.size == 1 and route.rows is not None
-                    else None
-                )
-                self._sent.append((route.local, got, alone))
+            if not route.grads and alone:
+                continue
+            grads: Tensor | Rows
+            if route.grads:
+                grads = route.summed()
+            else:  # the others wait for this rank's, though it used nothing of what it read
+                grads = torch.zeros(sum(route.splits), self.dim, device=self.device)
+            got, _ = self.wire.exchange(grads, route.splits, route.counts, self.wire_dtype)
+            rows = route.rows[int(route.padded) :] if alone and route.rows is not None else None
+            self._sent.append((route.local, got, rows))
         self._routes.clear()
 
     def forget(self) -> None:
