@@ -137,6 +137,8 @@ def rounded(rows_UD: Tensor, places_U: Tensor, noise: Noise) -> Tensor:
 def _take(table: Tensor, rows: Tensor) -> Tensor:
     if table.dim() == 2 and table.dtype == torch.float32:
         return torch.nn.functional.embedding(rows, table)  # prefetches, which index_select does not
+    if table.dim() == 1 and table.device.type == "cpu":
+        return torch.from_numpy(np.take(table.numpy(), rows.numpy(), mode="clip"))
     return table[rows]
 
 
