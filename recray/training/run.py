@@ -69,14 +69,15 @@ def train(
     recipe = resolve(recipe, gpu=gpu)
     check_workers(workers)
     started = time.perf_counter()
-    kind = model_class(recipe.model)
+    kind, catalogue = model_class(recipe.model), Catalogue(dataset.n_items, dataset.context_sizes)
     if not kind.gradient and not (workers and kind.shares_fit):
         if workers:
             progress.say(f"{recipe.model} is fitted in one process, without workers")
-        catalogue = Catalogue(dataset.n_items, dataset.context_sizes)
         model = build_model(recipe.model, catalogue, recipe.options, seed=recipe.train.seed)
         measured = dict(model.fit(dataset, seed=recipe.train.seed))
         return _leave(target, dataset, recipe, model.eval(), {"fit": measured}, started)
+    if not workers:  # a worker asks for itself, where it runs
+        check_room(recipe, catalogue, pick_device(recipe.train.device))
     with (
         _run_folder(target, dataset, recipe, bool(workers)) as run,
         tracked(recipe, target, run.folder) as log,
@@ -159,7 +160,6 @@ def _train_here(dataset: Dataset, recipe: Recipe, run: RunFolder, log: Log) -> t
         for epoch in done.history:  # one may have been kept and not logged
             log(epoch, 1)
     catalogue, seed = Catalogue(dataset.n_items, dataset.context_sizes), recipe.train.seed
-    check_room(recipe, catalogue, pick_device(recipe.train.device))
     model = build_model(recipe.model, catalogue, recipe.options, seed=seed, allocate=False)
     position = fit(
         model, dataset, recipe.train, report=keep, resume=resume, identity=run.identity, bars=True

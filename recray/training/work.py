@@ -17,10 +17,9 @@ import torch
 from numpy.typing import NDArray
 
 from recray.data.batches import frequencies
-from recray.errors import ConfigError
+from recray.errors import ConfigError, InputError
 from recray.models import build_model, model_class
 from recray.models.base import Catalogue
-from recray.models.embeddings import unallocated_tables
 from recray.recipes import Recipe, Train
 from recray.training.layout import LARGEST
 from recray.training.machine import free_memory, measured_machine
@@ -35,12 +34,12 @@ if TYPE_CHECKING:
 def recipe_work(recipe: Recipe, catalogue: Catalogue, *, ranks: int = 1, data: Dataset | None = None) -> Work:
     """A step of this recipe over so many items, as `data` has them. No table is allocated.
 
-    Raises ConfigError for a model without gradients, which is not trained in steps.
+    Raises ConfigError for a model without gradients, which is not trained in steps, and InputError for
+    one whose dense part alone is larger than the memory.
     """
     if not model_class(recipe.model).gradient:
         raise ConfigError(f"{recipe.model} is fitted in closed form, not in steps", fix="plan another recipe")
-    with unallocated_tables():
-        model = build_model(recipe.model, catalogue, recipe.options)
+    model = _dense_model(recipe, catalogue)
     train, options = recipe.train, model.config
     length = int(getattr(options, "max_len", 1))
     mean, counts = (length, None) if data is None else _log(data, length)
@@ -78,6 +77,19 @@ def recipe_work(recipe: Recipe, catalogue: Catalogue, *, ranks: int = 1, data: D
         accumulate=train.accumulate,
         wire=train.wire,
     )
+
+
+def _dense_model(recipe: Recipe, catalogue: Catalogue) -> Model:
+    try:
+        return build_model(recipe.model, catalogue, recipe.options, allocate=False)
+    except RuntimeError as error:  # how torch says that there is no memory
+        if "allocate" not in str(error):
+            raise
+        raise InputError(
+            "the model without its tables is larger than this machine's memory",
+            where=recipe.name,
+            fix="lower options.dim or the sizes of its layers",
+        ) from None
 
 
 def dataset_work(recipe: Recipe, data: Dataset, *, ranks: int = 1) -> Work:

@@ -234,6 +234,21 @@ def test_unknown_options_and_workers(ring: Dataset, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_model_larger_than_memory_is_refused_in_one_line(ring: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"larger than this machine's memory. lower options\.dim"):
+        train(ring, small("options.dim=4000000"), out=tmp_path / "out")
+
+
+def test_a_table_larger_than_memory_is_refused_with_what_would_fit(
+    ring: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recray.training.work.free_memory", lambda: 600 << 20)
+    with pytest.raises(InputError, match=r"table 'item' of 20 x 400000: needs .* and 600\.00 MiB are there"):
+        train(
+            ring, small("options.dim=400000", "options.blocks=0", "options.max_len=2"), out=tmp_path / "out"
+        )
+
+
 def test_a_remote_run_keeps_its_states_on_shared_storage(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
