@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from recray import progress
 from recray.data.feed import prefetched
@@ -243,12 +243,20 @@ class _Run:
         ahead: tuple[Any, dict[str, Future[Route]]] | None = None
         for batch in batches:
             asked = self.model.lookups(batch)
-            routes = {name: self.lane.submit(self.tables[name].route, rows) for name, rows in asked.items()}
+            routes = {name: self._route(name, rows) for name, rows in asked.items()}
             if ahead is not None:
                 yield ahead
             ahead = batch, routes
         if ahead is not None:
             yield ahead
+
+    def _route(self, name: str, rows: list[Tensor]) -> Future[Route]:
+        """Told in the lane; on a GPU at once, since NCCL wants all messages of a process in one order."""
+        if self.device.type == "cpu":
+            return self.lane.submit(self.tables[name].route, rows)
+        told: Future[Route] = Future()
+        told.set_result(self.tables[name].route([each.to(self.device) for each in rows]))
+        return told
 
     def _step(self, group: list[tuple[Any, dict[str, Future[Route]]]]) -> float:
         """One update; the mean loss over all ranks. Where it is not finite nothing is updated."""

@@ -68,7 +68,8 @@ class ShardedTable(Table):
             self._draw(plain.std, seed)
         else:
             with torch.no_grad():
-                self.weight.copy_(plain.weight[self._own_rows().to(plain.weight.device)])
+                own = self.layout.rows(torch.arange(self.start, self.stop, device=plain.weight.device))
+                self.weight.copy_(plain.weight[own])
         self.slots = optimizer.slots(self.stop - self.start, self.dim, self.device)
         self._anchor = torch.zeros((), requires_grad=True, device=self.device)  # makes autograd call back
         self._routes: list[Route] = []
@@ -223,9 +224,6 @@ class ShardedTable(Table):
         return all(bool(part.isfinite().all()) for part in torch.split(self.weight, _INIT_ROWS))
 
     # -- the whole table ---------------------------------------------------------------------------
-    def _own_rows(self) -> Tensor:
-        return self.layout.rows(torch.arange(self.start, self.stop))
-
     def _draw(self, std: float, seed: int) -> None:
         """The first values, the same for every number of ranks."""
         generator = torch.Generator()
