@@ -18,6 +18,7 @@ from recray.training.heap import keep_freed_memory
 from recray.training.row_files import file_name, write_rows
 from recray.training.row_update import RowOptimizer
 from recray.training.sharding import ShardedTable
+from recray.training.tables import make_table
 from recray.training.wire import GroupWire, make_wire
 
 TYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -31,7 +32,7 @@ def open_table(work: Work) -> ShardedTable:
         join(work)
     with unallocated_tables():
         plain = DenseTable(work.rows, work.dim)
-    table = ShardedTable(
+    table = make_table(
         plain,
         "item",
         GroupWire(cpu) if work.transport == "gloo" else make_wire(cpu),

@@ -46,7 +46,7 @@ from recray.training.heap import keep_freed_memory
 from recray.training.parallel import Ranks
 from recray.training.routing import Route
 from recray.training.row_update import RowOptimizer
-from recray.training.sharding import gathered, shard
+from recray.training.tables import gathered, shard
 from recray.training.wire import make_wire
 
 if TYPE_CHECKING:
@@ -269,8 +269,9 @@ class _Run:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
                 loss = model.loss(batch)
             loss.backward()  # type: ignore[no-untyped-call]
-            for table in self.tables.values():
-                table.send_back()
+            if len(group) > 1:  # a step of one batch alone may change rows in place
+                for table in self.tables.values():
+                    table.send_back()
             total += loss.detach()
         mean = float(self.ranks.average(self.dense, total, len(group)))
         norm = float(nn.utils.clip_grad_norm_(self.dense, train.clip_norm or math.inf))

@@ -87,6 +87,7 @@ class Route:
     splits: list[int]  # distinct positions of each owner
     local: Tensor  # int64[m] own rows that this rank (and the others, by rank) asked for
     counts: list[int]  # how many each asked for
+    disputed: Tensor | None = None  # int64[d] places among the distinct rows: asked for by others, too
     rows: Tensor | None = None  # float32[U, D] once fetched
     grads: dict[int, Tensor] = field(default_factory=dict)  # number in `asked` -> float32[n, D]
 

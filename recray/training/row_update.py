@@ -48,10 +48,10 @@ class RowOptimizer:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
-    def slots(self, rows: int, dim: int, device: torch.device) -> dict[str, Tensor]:
-        """The state of so many rows before their first step, float32."""
+    def slots(self, dim: int) -> dict[str, tuple[int, ...]]:
+        """The shape of each row's state, float32; zeros before the first step."""
         names = {"sgd": (), "adagrad": ("sum",), "adam": ("m", "v", "steps")}[self.kind]
-        return {name: torch.zeros((rows, dim) if name == "m" else (rows,), device=device) for name in names}
+        return {name: (dim,) if name == "m" else () for name in names}
 
     def step(
         self,

@@ -16,8 +16,7 @@ Shapes: n looked-up rows, U distinct ones, m rows this rank was asked for, N row
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,11 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from recray.errors import InputError
-from recray.models.base import Model
 from recray.models.embeddings import DenseTable, Table
 from recray.models.losses import softmax_slopes
 from recray.training.layout import Layout
-from recray.training.routing import Route, distinct
+from recray.training.routing import Distinct, Route, distinct
 from recray.training.row_update import Noise, RowOptimizer
 from recray.training.wire import Picked, Rows, Wire
 
@@ -63,14 +61,15 @@ class ShardedTable(Table):
         self.layout = Layout(plain.num_rows, wire.size)
         self.start, self.stop = self.layout.bounds(wire.rank)
         self.device = device or torch.device("cpu")
-        self.weight = torch.empty(self.stop - self.start, self.dim, dtype=dtype, device=self.device)
+        self.weight = self._memory("weight", (self.dim,), dtype)
         if plain.weight.is_meta:
             self._draw(plain.std, seed)
         else:
             with torch.no_grad():
                 own = self.layout.rows(torch.arange(self.start, self.stop, device=plain.weight.device))
                 self.weight.copy_(plain.weight[own])
-        self.slots = optimizer.slots(self.stop - self.start, self.dim, self.device)
+        shapes = optimizer.slots(self.dim)
+        self.slots = {slot: self._memory(slot, shape, torch.float32) for slot, shape in shapes.items()}
         self._anchor = torch.zeros((), requires_grad=True, device=self.device)  # makes autograd call back
         self._routes: list[Route] = []
         # own rows, their gradients and, of one rank, what they hold: of the batches since the last step
@@ -116,30 +115,36 @@ class ShardedTable(Table):
         found = distinct(positions)
         if padded:
             found.values.sub_(1)
-        mine = found.values[int(padded) :]
-        bounds = torch.arange(1, self.wire.size, device=mine.device) * self.layout.share
-        ends = torch.searchsorted(mine, bounds).tolist()
-        splits = [b - a for a, b in zip([0, *ends], [*ends, len(mine)])]
-        wanted, counts = self._tell(mine, splits, bad)
-        return Route(
-            list(asked), found, padded, splits, wanted - self.start if self.start else wanted, counts
-        )
+        return self._told(list(asked), found, padded, bad, self.ids_wire)
 
-    def _tell(self, mine: Tensor, splits: list[int], bad: int | None) -> tuple[Tensor, list[int]]:
+    def _told(self, asked: list[Tensor], found: Distinct, padded: bool, bad: int | None, wire: Wire) -> Route:
         """Send positions to their owners; a rank that cannot go on says so to all."""
-        if self.wire.size == 1:
+        mine = found.values[int(padded) :]
+        splits = self._splits(mine)
+        if wire.size == 1:
             if bad is not None:
                 raise self._no_row(bad, 0)
-            return mine, splits
+            return Route(asked, found, padded, splits, mine, splits)
         flagged = [n + 1 for n in splits]  # one number before the positions of each owner: the bad row, or -1
         flag = torch.tensor([-1 if bad is None else bad], dtype=mine.dtype, device=mine.device)
         send = torch.cat([x for part in torch.split(mine, splits) for x in (flag, part)])
-        got, counts = self.ids_wire.exchange(send, flagged)
-        parts = torch.split(got, counts)
+        got, counts = wire.exchange(send, flagged)
+        parts = self._checked(torch.split(got, counts))
+        local = torch.cat(parts) - self.start
+        return Route(asked, found, padded, splits, local, [len(part) for part in parts])
+
+    def _splits(self, positions: Tensor) -> list[int]:
+        """How many of these ascending positions each rank owns."""
+        bounds = torch.arange(1, self.wire.size, device=positions.device) * self.layout.share
+        ends = torch.searchsorted(positions, bounds).tolist()
+        return [b - a for a, b in zip([0, *ends], [*ends, len(positions)])]
+
+    def _checked(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """What each rank said, without the number in front."""
         for rank, part in enumerate(parts):
             if int(part[0]) >= 0:
                 raise self._no_row(int(part[0]), rank)
-        return torch.cat([part[1:] for part in parts]), [n - 1 for n in counts]
+        return [part[1:] for part in parts]
 
     def _no_row(self, row: int, rank: int) -> InputError:
         return InputError(
@@ -224,6 +229,10 @@ class ShardedTable(Table):
         return all(bool(part.isfinite().all()) for part in torch.split(self.weight, _INIT_ROWS))
 
     # -- the whole table ---------------------------------------------------------------------------
+    def _memory(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Zeros for this rank's rows."""
+        return torch.zeros(self.stop - self.start, *shape, dtype=dtype, device=self.device)
+
     def _draw(self, std: float, seed: int) -> None:
         """The first values, the same for every number of ranks."""
         generator = torch.Generator()
@@ -320,43 +329,3 @@ class _ShardedSoftmax(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         ctx.table.add_whole(ctx.grad_rows.mul_(grads[0]))
         return ctx.grad_states * grads[0], None, None, None, None
-
-
-def shard(
-    model: Model,
-    wire: Wire,
-    optimizer: RowOptimizer,
-    **options: Any,
-) -> dict[str, ShardedTable]:
-    """Replace every plain table of `model` by this rank's part of it; gives them by name.
-
-    `options` are those of ShardedTable. A table without memory (`unallocated_tables`) is drawn here,
-    each rank its own rows.
-    """
-    made: dict[str, ShardedTable] = {}
-    for number, (name, table) in enumerate(model.tables.items()):
-        assert isinstance(table, DenseTable)
-        seed = options.get("seed", 0) * 1009 + number
-        made[name] = ShardedTable(table, name, wire, optimizer, **{**options, "seed": seed})
-        model.tables[name] = made[name]
-    return made
-
-
-def unshard(model: Model) -> None:
-    """Put plain tables with all rows back. Every rank must call it; each holds all rows then."""
-    with torch.no_grad():
-        for name, table in list(model.tables.items()):
-            if isinstance(table, ShardedTable):
-                model.tables[name] = DenseTable.of(table.dense())
-
-
-@contextmanager
-def gathered(model: Model) -> Iterator[Model]:
-    """Inside the block the model has plain tables with all rows: to evaluate what fits one rank."""
-    kept: Mapping[str, nn.Module] = dict(model.tables.items())
-    unshard(model)
-    try:
-        yield model
-    finally:
-        for name, table in kept.items():
-            model.tables[name] = table

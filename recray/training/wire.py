@@ -66,6 +66,7 @@ class Wire:
 
     rank = 0
     size = 1
+    shares_memory = False  # whether `common` gives any
 
     @abstractmethod
     def exchange(
@@ -87,6 +88,14 @@ class Wire:
         everywhere = part.unsqueeze(0).expand(self.size, *part.shape).reshape(self.size * n, *part.shape[1:])
         found, counts = self.exchange(everywhere, [n] * self.size)
         return found, counts
+
+    def common(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Zeros that all ranks read and write. It goes when no rank holds the tensor."""
+        raise NotImplementedError(f"the ranks of {type(self).__name__} share no memory")
+
+    def gather_up(self) -> None:
+        """Go on when every rank is here: what others wrote into common memory before can be read then."""
+        self.exchange(torch.empty(0), [0] * self.size)
 
 
 class AloneWire(Wire):
@@ -176,6 +185,8 @@ class _Outbox:
 class SharedWire(Wire):
     """Between processes of one machine. Raises OSError where their memory cannot be shared."""
 
+    shares_memory = True
+
     def __init__(self, group: Any = None) -> None:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         if self.size > _MOST_RANKS or platform.machine() != "x86_64":
@@ -224,6 +235,15 @@ class SharedWire(Wire):
                     memory = self._boxes[rank].heard(turn, self._pids[rank])
                     part.copy_(_tensor(memory, part.shape, on_wire, first))
         return got, counts
+
+    def common(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        page = _Page(math.prod(shape) * dtype.itemsize) if self.rank == 0 else None
+        told, _ = self.gather(torch.tensor([page.fd if page else -1]))
+        memory = page.memory if page else _Page.of(self._pids[0], int(told[0]))
+        self.gather_up()  # all have opened it
+        if page:
+            os.close(page.fd)
+        return _tensor(memory, shape, dtype, 0)
 
     def _say(
         self,

@@ -16,7 +16,7 @@ from recray.recipes import Train
 from recray.training.checkpoint import State
 from recray.training.loop import fit
 from recray.training.parallel import Ranks
-from recray.training.sharding import unshard
+from recray.training.tables import unshard
 from tests.unit.training_fakes import FakeData, Tiny
 
 TRAIN = Train(

@@ -20,9 +20,10 @@ from recray.errors import InputError
 from recray.models import MODELS, build_model, model_class
 from recray.models.base import Catalogue, Model
 from recray.models.embeddings import DenseTable
+from recray.training.common import CommonTable
 from recray.training.parallel import Ranks
 from recray.training.row_update import RowOptimizer
-from recray.training.sharding import ShardedTable, shard, unshard
+from recray.training.tables import make_table, shard, unshard
 from recray.training.wire import AloneWire, GroupWire, SharedWire, Wire, make_wire
 
 N_ITEMS, STEPS, LR = 101, 100, 0.002
@@ -119,6 +120,8 @@ def train(case: str, ranks: Ranks, wire: Wire, ahead: bool) -> dict[str, Tensor]
     """100 steps of a sharded model: its weights with the tables whole again, and its losses."""
     model = fresh(case)
     tables = shard(model, wire, RowOptimizer(CASES[case][2]))  # type: ignore[arg-type]
+    in_place = isinstance(wire, SharedWire)
+    assert all(isinstance(table, CommonTable) is in_place for table in tables.values())
     dense = list(model.parameters())
     descent = torch.optim.SGD(dense, lr=DENSE_LR)
     losses = []
@@ -147,7 +150,7 @@ def _rank(rank: int, world: int, folder: str) -> None:
         save_file(
             train(case, ranks, wire, ahead=number % 3 > 0), f"{folder}/{case}-{world}-{rank}.safetensors"
         )
-    table = ShardedTable(DenseTable(N_ITEMS, 4), "item", shared, RowOptimizer())
+    table = make_table(DenseTable(N_ITEMS, 4), "item", shared, RowOptimizer())
     asked = torch.tensor([N_ITEMS + 7 if rank == 1 else 0])
     with pytest.raises(InputError, match="rank 1 asks for row 108 of 101"):
         table(asked)

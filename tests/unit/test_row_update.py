@@ -47,7 +47,8 @@ def test_only_touched_rows_move_and_all_rows_at_once_are_the_same(kind: str, dty
     grad = torch.randn(20, 4, generator=generator)
     optimizer = RowOptimizer(kind, weight_decay=0.1)  # type: ignore[arg-type]
     some, whole = start.clone(), start.clone()
-    slots = [optimizer.slots(20, 4, torch.device("cpu")) for _ in range(2)]
+    shapes = optimizer.slots(4)
+    slots = [{name: torch.zeros(20, *shape) for name, shape in shapes.items()} for _ in range(2)]
     touched = torch.tensor([3, 4, 17])
     optimizer.step(some, slots[0], touched, grad[touched], lr=0.1, scale=0.5)
     optimizer.step_all(whole, slots[1], grad, lr=0.1, scale=0.5)

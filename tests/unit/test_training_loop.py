@@ -13,7 +13,7 @@ from recray.errors import ArtefactError, ConfigError, InputError
 from recray.recipes import Train
 from recray.training.checkpoint import EpochReport, Saved, State, best_state, last_state, open_state
 from recray.training.loop import TrainingError, epoch_words, fit, pick_device
-from recray.training.sharding import gathered
+from recray.training.tables import gathered
 from tests.unit.training_fakes import FakeData, Tiny
 
 TRAIN = Train(epochs=6, batch_size=16, lr=0.02, warmup_steps=4, patience=0, device="cpu", threads=1)
