@@ -2,7 +2,8 @@
 
 FOLDER holds train.tsv and known.tsv (user, item, order; a line an interaction, no header, whole numbers)
 and asked.txt (a user a line). SETTINGS is JSON: dim, blocks, heads, length, dropout, batch, lr, seed,
-threads, batches (of an epoch to train on a question; 0 = all).
+threads, batches (of an epoch to train on a question; 0 = all), keep (a file that the model and its
+optimizer go to after each epoch, and from which they are taken up if it is there; "" = none).
 
 {"train": true}      one epoch -> {"seconds", "interactions": next-item predictions made, "batches"}
 {"top": "FILE"}      -> the ten best unseen items of each asked user, a line each, into FILE
@@ -54,12 +55,17 @@ class Peer:
             lr=settings["lr"], batch_size=settings["batch"], get_trainer_func=trainer,
             recommend_torch_device="cpu",
         )  # fmt: skip
+        self.keep = Path(settings["keep"]) if settings["keep"] else None
+        if self.keep and self.keep.is_file():
+            self._take_up(self.keep, trainer())
 
     def __call__(self, train: bool = False, top: str = "") -> Answer:
         if train:
             self.model.fit_partial(self.train, min_epochs=1, max_epochs=1)
             # RecTools trains with a copy of the trainer: the clock that ran is that one's
             clock = self.model.fit_trainer.callbacks[0]
+            if self.keep:
+                self._put_away(self.keep)
             return {"seconds": clock.seconds, "interactions": clock.interactions, "batches": clock.batches}
         started = time.perf_counter()
         found = self.model.recommend(
@@ -70,6 +76,41 @@ class Peer:
             lists[user].append(int(item))
         Path(top).write_text("".join(f"{' '.join(map(str, lists[user]))}\n" for user in self.asked))
         return {"seconds": time.perf_counter() - started}
+
+    def _put_away(self, file: Path) -> None:
+        """Weights and Adam's moments; the order of batches is drawn anew when they are taken up."""
+        import numpy as np
+
+        module = self.model.lightning_model
+        arrays = {f"weight {name}": value.numpy() for name, value in module.state_dict().items()}
+        for number, slots in module.optimizer.state_dict()["state"].items():
+            arrays |= {f"adam {number} {slot}": value.numpy() for slot, value in slots.items()}
+        aside = file.with_suffix(".aside.npz")
+        np.savez(aside, **arrays)
+        aside.rename(file)
+
+    def _take_up(self, file: Path, trainer: Any) -> None:
+        import numpy as np
+        import torch
+
+        self.model._build_model_from_dataset(self.train)
+        self.model.fit_trainer, self.model.is_fitted = trainer, True
+        module = self.model.lightning_model
+        weights: dict[str, Any] = {}
+        moments: dict[int, dict[str, Any]] = {}
+        with np.load(file, allow_pickle=False) as arrays:
+            for name in arrays.files:
+                kind, _, rest = name.partition(" ")
+                value = torch.from_numpy(arrays[name])
+                if kind == "weight":
+                    weights[rest] = value
+                else:
+                    number, _, slot = rest.partition(" ")
+                    moments.setdefault(int(number), {})[slot] = value
+        module.load_state_dict(weights)
+        optimizer = module.configure_optimizers()
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
 def _clock(lightning: Any) -> Any:

@@ -196,14 +196,14 @@ def kept_run(work: str) -> dict[str, Any] | None:
     return found
 
 
-def start_peer(data: Dataset, folder: Path, *, batches: int = 0) -> Worker | None:
+def start_peer(data: Dataset, folder: Path, *, batches: int = 0, keep: str = "") -> Worker | None:
     """The peer over this dataset's rows, or None where it is not installed. Raises PeerError."""
     python = peer_python("rectools")
     if python is None:
         return None
     folder.mkdir(parents=True)
     write_files(data, folder)
-    settings = json.dumps({**SAME, "seed": 0, "threads": THREADS, "batches": batches})
+    settings = json.dumps({**SAME, "seed": 0, "threads": THREADS, "batches": batches, "keep": keep})
     command = [python, "-m", "benchmarks._rectools_peer", str(folder), settings]
     return Worker([command], {"OMP_NUM_THREADS": str(THREADS)})
 
@@ -236,24 +236,31 @@ def listed(file: Path, cases: Cases) -> TopK:
 
 
 def long_run(work: str, epochs: int, out: Path) -> int:
-    """Train the peer and measure it after every epoch with our evaluation; `out` grows by the epoch."""
+    """Train the peer and measure it after every epoch with our evaluation; `out` grows by the epoch.
+
+    A run that was cut off goes on after its last whole epoch, if the state beside `out` is there.
+    """
     command = shlex.join(["python", "-m", "benchmarks._sasrec", *sys.argv[1:]])
     with tempfile.TemporaryDirectory(prefix="recray-bench-") as scratch:
         data = WORKS[work](Path(scratch) / "data")
         cases = data.cases("test")
-        peer = start_peer(data, Path(scratch) / "peer")
+        state = out.with_name(f"{out.stem}.state.npz").resolve()
+        before = json.loads(out.read_text())["epochs"] if out.is_file() and state.is_file() else []
+        if not before:
+            state.unlink(missing_ok=True)
+        peer = start_peer(data, Path(scratch) / "peer", keep=str(state))
         if peer is None:
             return 1
         with peer:
             kept = {
                 "peer": "rectools", "work": work, "command": command, "settings": {**SAME, "loss": "softmax"},
                 "threads": THREADS, "seed": 0, "versions": peer.ready["versions"], "hardware": hardware(),
-                "date": dt.date.today().isoformat(), "users": len(cases), "epochs": [],
+                "date": dt.date.today().isoformat(), "users": len(cases), "epochs": before,
             }  # fmt: skip
-            for epoch in range(1, epochs + 1):
+            for epoch in range(len(before) + 1, epochs + 1):
                 (turn,) = peer.ask(train=True)
-                lists = out.with_name(f"{out.stem}.top10.txt")
-                peer.ask(top=str(lists.resolve()))
+                lists = Path(scratch) / "top10.txt"
+                peer.ask(top=str(lists))
                 report: Report = evaluate(listed(lists, cases), cases, ks=(10,))
                 measured = {metric: round(report.means[metric], 6) for metric in METRICS}
                 kept["epochs"].append({"epoch": epoch, **turn, **measured})
