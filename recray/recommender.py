@@ -21,6 +21,7 @@ from recray.compression.graph import OnnxNetwork
 from recray.data.sequences import Histories
 from recray.errors import ConfigError
 from recray.models.base import Context, Model, Ranker, Retriever
+from recray.models.why import Reasons, why
 from recray.retrieval.index import Found, Index, build_index, ordered
 
 Source = Literal["retriever", "ranker", "popular"]
@@ -164,6 +165,30 @@ class Recommender:
         return self.top(histories, candidates, self.rank(histories, candidates, context), k)
 
     @torch.inference_mode()
+    def why(
+        self, history: Histories, row: int, exclude: Histories | None = None, context: Context | None = None
+    ) -> Reasons:
+        """What the final score of item `row` is made of, for one history; see `models.why`.
+
+        Behind a ranker: its reasons and the retriever's, each as large as `rank` makes its part among
+        the candidates. Of a user without a known item: popularity alone.
+        """
+        if not _known(history).any():
+            popular = float(self.popularity[row])
+            return Reasons.of(popular, popular, np.empty(0), np.empty(0))
+        if self.ranker is None or self.blend == 1.0:
+            return why(self.retriever, history, row)
+        ranked = why(self.ranker, history, row, context)
+        if self.blend == 0:
+            return ranked
+        found = self.retrieve(history, self.candidates, exclude)
+        parts = (
+            (1 - self.blend, ranked, self._score(history, found.rows, context or {})),
+            (self.blend, why(self.retriever, history, row), found.scores),
+        )
+        return _together([(share, part, *_spread(scores[found.rows >= 0])) for share, part, scores in parts])
+
+    @torch.inference_mode()
     def similar(self, row: int, k: int, allowed: NDArray[np.bool_] | None = None) -> Ranked:
         """The k items nearest to one item, itself left out: by cosine of item vectors.
 
@@ -285,6 +310,35 @@ def _top_rows(scores_BN: Tensor, reach: int) -> Found:
         again = scores_BN[torn].sort(dim=1, descending=True, stable=True)
         scores[torn], rows[torn] = again.values[:, :reach], again.indices[:, :reach]
     return scores.numpy(), rows.numpy()
+
+
+def _spread(scores: NDArray[np.float32]) -> tuple[float, float]:
+    """Mean and deviation, as `_z` takes them."""
+    held = scores.astype(np.float64)
+    return (float(held.mean()), float(held.std())) if len(held) else (0.0, 0.0)
+
+
+def _together(parts: Sequence[tuple[float, Reasons, float, float]]) -> Reasons:
+    """Reasons of a mix: of each part its share, its reasons, and the mean and deviation it is scaled by.
+
+    Neighbours stand for items of a history in no way: only the reasons of the first kind are kept.
+    """
+    score, base = 0.0, 0.0
+    rows, weights = [], []
+    kind = parts[0][1].kind
+    for share, part, mean, spread in parts:
+        scale = share / spread if spread > 1e-12 else 0.0
+        score += scale * (part.score - mean)
+        base += scale * (part.base - mean)
+        if part.kind == kind:
+            rows.append(part.rows)
+            weights.append(part.weights * scale)
+        else:
+            base += scale * float(part.weights.sum())
+    additive = all(part.additive for _, part, _, _ in parts)
+    return Reasons.of(
+        score, base, np.concatenate(rows), np.concatenate(weights), kind=kind, additive=additive
+    )
 
 
 def _z(scores_BC: NDArray[np.float32], given: NDArray[np.bool_]) -> NDArray[np.float32]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from recray.bundles.filters import Filter
 
 
 @dataclass(frozen=True)
@@ -20,24 +21,52 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Reason:
+    """One reason: what it adds to the score, the item of the history it is ("" for a user like this
+    one, who is not named), and the features it has in common with the item asked about."""
+
+    weight: float
+    item: str
+    shared: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Why:
+    """Why an item has its score: the strongest reasons first.
+
+    Where `additive` holds, base plus the weights of all reasons is the score; else a weight is what the
+    score would lose without that item in the history.
+    """
+
+    item: str
+    score: float
+    base: float
+    additive: bool
+    reasons: list[Reason]
+    generation: str
+
+
+@dataclass(frozen=True)
 class Answer:
-    """Items best first, the bundle they came from, and what could not be done as asked."""
+    """Items best first, the bundle they came from, what could not be done as asked, and, if it was
+    asked for, why each item is there."""
 
     items: list[Item]
     generation: str
     degraded: list[str] = field(default_factory=list)
+    why: list[Why] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
     """A checked request. history, exclude: item rows int32[L] and int32[X]; k is at most N.
 
-    filter: feature column -> accepted values, see `Bundle.allowed`; context: column -> value row.
+    filter: feature column -> what it must hold, see `Bundle.allowed`; context: column -> value row.
     """
 
     history: NDArray[np.int32]
     exclude: NDArray[np.int32]
     k: int
-    filter: Mapping[str, tuple[Any, ...]]
+    filter: Filter
     context: Mapping[str, int]
     degraded: tuple[str, ...] = ()

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from recray import config
-from recray.bundles.answer import Answer, Item, Request
+from recray.bundles.answer import Answer, Item, Reason, Request, Why
 from recray.bundles.filters import Filters
 from recray.bundles.plan import Plan
 from recray.bundles.stage import read_stage
@@ -124,6 +124,22 @@ class Front:
         items = [Item(name, score, source) for name, score in zip(names, scores)]
         return Answer(items[: request.k], self.generation, list(request.degraded))
 
+    def shared(self, row: int, other: int) -> dict[str, str]:
+        """Feature column -> what two items have in common in it: words that are equal, or are in both
+        lists. Numbers are no likeness."""
+        table, made = self.item_features, {}
+        if table is None:
+            return {}
+        for name in table.column_names:
+            both = [table.column(name)[at].as_py() for at in (row, other)]
+            a, b = (value if isinstance(value, list) else [value] for value in both)
+            common = [
+                str(value) for value in a if value in b and isinstance(value, (str, bool)) and value != ""
+            ]
+            if common:
+                made[name] = ", ".join(common)
+        return made
+
     def _count(self, k: Any) -> int:
         if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
             raise InputError(f"k is {k!r:.80}", fix="give a whole number from 1")
@@ -161,16 +177,21 @@ class Bundle(Front):
         context: Mapping[str, Any] | None = None,
         *,
         exclude_seen: bool = True,
+        why: bool = False,
     ) -> Answer:
         """The k best items for a user, or for a history of item ids, oldest first.
 
         A given history replaces the one that is known of the user. Nobody, an unknown user and a
         history of unknown items get the most popular items. `exclude` names items not to show,
         `filter` features they must have, `context` the circumstances the ranker knows. Fewer than k
-        items come back when no more are left. Raises InputError.
+        items come back when no more are left. With `why` the reasons for each come along. Raises
+        InputError.
         """
         asked = self.request(user, history, k, exclude, filter, context, exclude_seen=exclude_seen)
-        return self.answer(asked, self.recommender.recommend(**self.arguments(asked)))
+        answer = self.answer(asked, self.recommender.recommend(**self.arguments(asked)))
+        if why:
+            answer.why.extend(self.why(item.item, user, history, context) for item in answer.items)
+        return answer
 
     def arguments(self, request: Request) -> dict[str, Any]:
         """The request as the arguments of `Recommender.recommend`, a batch of one."""
@@ -191,6 +212,27 @@ class Bundle(Front):
         ranked = self.recommender.similar(row, self._count(k), mask)
         empty = np.empty(0, np.int32)
         return self.answer(Request(empty, empty, self._count(k), {}, {}), ranked)
+
+    def why(
+        self,
+        item: str,
+        user: str | None = None,
+        history: Sequence[str] | None = None,
+        context: Mapping[str, Any] | None = None,
+    ) -> Why:
+        """Why this item has its score for a user, or for a history of item ids. Raises InputError."""
+        row = int(self.items.rows_of([_id("item", item)])[0])
+        if row < 0:
+            raise InputError(f"unknown item {item!r:.80}")
+        asked = self.request(user, history, context=context)
+        history_1, barred = Histories.of([asked.history]), Histories.of([asked.exclude])
+        found = self.recommender.why(history_1, row, barred, self.context(asked))
+        known = self.items.ids_of(found.rows) if found.kind == "history" else [""] * len(found.rows)
+        reasons = [
+            Reason(float(weight), name, self.shared(row, int(other)) if name else {})
+            for weight, name, other in zip(found.weights, known, found.rows)
+        ]
+        return Why(item, found.score, found.base, found.additive, reasons, self.generation)
 
 
 def open_bundle(uri: str | os.PathLike[str] | Place, *, threads: int | None = None) -> Bundle:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,24 @@ from numpy.typing import NDArray
 from recray.errors import InputError
 
 KEPT = 64  # masks; each takes one byte an item
-Filter = Mapping[str, tuple[Any, ...]]
+FORMS = 'write a value, a list of values, {"not": [values]}, {"min": number} or {"min": .., "max": ..}'
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What one column must hold: one of `among`, none of `never`, at least `least`, at most `most`.
+
+    None asks nothing. An unknown feature is among nothing and within no bounds, but is nothing that
+    `never` names.
+    """
+
+    among: tuple[Any, ...] | None = None
+    never: tuple[Any, ...] | None = None
+    least: float | None = None
+    most: float | None = None
+
+
+Filter = Mapping[str, Condition]
 
 
 class Filters:
@@ -27,7 +46,10 @@ class Filters:
         self._lock = threading.Lock()
 
     def checked(self, given: Any) -> Filter:
-        """`{"column": value or [values]}` in one form. Unknown columns and odd values raise InputError."""
+        """`{"column": value, [values], {"not": [values]} or {"min": .., "max": ..}}` in one form.
+
+        Unknown columns and odd values raise InputError.
+        """
         if given is None:
             return {}
         if not isinstance(given, Mapping):
@@ -38,32 +60,64 @@ class Filters:
             if column not in known:
                 fix = f"choose of {', '.join(known)}" if known else "this bundle has no item features"
                 raise InputError(f"unknown filter column {column!r:.80}", fix=fix)
-            values = list(values) if isinstance(values, (list, tuple, set, frozenset)) else [values]
-            if not all(isinstance(v, (str, int, float, bool)) for v in values):
-                raise InputError(f"filter on {column!r} has a value that is neither text nor a number")
-            made[column] = tuple(dict.fromkeys(values))
-            self._values(column, made[column])
+            made[column] = self._condition(column, values)
         return made
 
+    def _condition(self, column: str, given: Any) -> Condition:
+        if not isinstance(given, Mapping):
+            return Condition(among=self._listed(column, given))
+        odd = [name for name in given if name not in ("not", "min", "max")]
+        if odd or not given:
+            raise InputError(f"filter on {column!r} is {dict(given)!r:.80}", fix=FORMS)
+        never = self._listed(column, given["not"]) if "not" in given else None
+        bounds = [given.get("min"), given.get("max")]
+        if any(bound is not None for bound in bounds):
+            assert self.features is not None
+            kind = _plain(self.features.column(column).slice(0, 1)).type
+            numeric = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+            if not numeric or not all(bound is None or _is_number(bound) for bound in bounds):
+                raise InputError(f"filter on {column!r} has bounds but wants {kind}", fix=FORMS)
+        return Condition(never=never, least=bounds[0], most=bounds[1])
+
+    def _listed(self, column: str, given: Any) -> tuple[Any, ...]:
+        values = list(given) if isinstance(given, (list, tuple, set, frozenset)) else [given]
+        if not all(isinstance(v, (str, int, float, bool)) for v in values):
+            raise InputError(f"filter on {column!r} has a value that is neither text nor a number", fix=FORMS)
+        self._values(column, tuple(dict.fromkeys(values)))
+        return tuple(dict.fromkeys(values))
+
     def mask(self, filter: Filter) -> NDArray[np.bool_] | None:
-        """bool[N], read-only: items whose every named column holds one of its values; None without a
-        filter. An item whose feature is unknown fails."""
+        """bool[N], read-only: items whose every named column is as its condition asks; None without a
+        filter."""
         if not filter:
             return None
-        key = tuple(sorted((c, tuple((type(v).__name__, v) for v in vs)) for c, vs in filter.items()))
+        key = repr(sorted(filter.items(), key=lambda pair: pair[0]))  # tells 1 from 1.0 and True
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
         mask = np.ones(self.n_items, bool)
-        for column, values in filter.items():
-            mask &= self._column(column, values)
+        for column, condition in filter.items():
+            if condition.among is not None:
+                mask &= self._column(column, condition.among)
+            if condition.never is not None:
+                mask &= ~self._column(column, condition.never)
+            if condition.least is not None or condition.most is not None:
+                mask &= self._within(column, condition)
         mask.flags.writeable = False
         with self._lock:
             self._kept[key] = mask
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         return mask
+
+    def _within(self, column: str, condition: Condition) -> NDArray[np.bool_]:
+        assert self.features is not None
+        numbers = _plain(self.features.column(column)).cast(pa.float64(), safe=False)
+        found = pc.fill_null(numbers, np.nan).to_numpy(zero_copy_only=False)  # NaN is within no bounds
+        least = -np.inf if condition.least is None else condition.least
+        most = np.inf if condition.most is None else condition.most
+        return np.asarray((found >= least) & (found <= most), bool)
 
     def _column(self, column: str, values: tuple[Any, ...]) -> NDArray[np.bool_]:
         assert self.features is not None
@@ -86,6 +140,10 @@ class Filters:
             return pa.array([pa.scalar(v).cast(kind).as_py() for v in values], kind)
         except (pa.ArrowException, TypeError, ValueError):
             raise InputError(f"filter on {column!r} wants {kind}, not {values!r:.80}") from None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _plain(column: pa.ChunkedArray) -> pa.Array:

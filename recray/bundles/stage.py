@@ -28,6 +28,7 @@ from recray.errors import ArtefactError
 from recray.models import build_model
 from recray.models.base import Catalogue, Model, Ranker
 from recray.models.embeddings import Table, replace_tables
+from recray.models.saved import catalogue_report
 from recray.storage import write_file
 
 NETWORK = "network.onnx"
@@ -61,7 +62,7 @@ def write_stage(
     about = {
         "model": model.name,
         "options": config.as_dict(model.config),
-        "catalogue": {"n_items": model.catalogue.n_items, "context": dict(model.catalogue.context)},
+        "catalogue": catalogue_report(model.catalogue),
         "tables": sorted(model.tables),
         "graph": graph,
     }

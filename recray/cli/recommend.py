@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 
 from recray.cli.output import Output, made
 from recray.cli.parsing import out_option, workers_option
-from recray.cli.text import table
+from recray.cli.text import because, table
 from recray.cli.words import at_least, names
 
 EXAMPLE = "recray recommend runs/bundle --history 50,181,258 -k 5"
@@ -20,6 +20,7 @@ def options(parser: ArgumentParser) -> None:
     who.add_argument("--history", type=names, metavar="A,B,C", help="items, oldest first")
     who.add_argument("--users", metavar="FILE", help="one user id a line; the answers go to --out")
     parser.add_argument("-k", type=at_least(1), default=10, metavar="N", help="items a user (default 10)")
+    parser.add_argument("--why", action="store_true", help="also say what speaks for each item")
     workers_option(parser, "Ray workers for --users")
     out_option(parser, "runs/recommendations-BUNDLE, only with --users")
 
@@ -37,10 +38,13 @@ def run(given: Namespace) -> Output:
         history=given.history,
         users=given.users,
         k=given.k,
+        why=given.why,
         workers=given.workers,
         out=given.out,
     )
     if isinstance(answer, Artefact):
         return made(answer)
-    rows = [(item.item, item.score, item.source) for item in answer.items]
-    return Output(table(rows, ("item", "score", "source")), dataclasses.asdict(answer))
+    head, rows = ["item", "score", "source"], [(i.item, i.score, i.source) for i in answer.items]
+    told = [(because(why.reasons),) for why in answer.why] if given.why else [()] * len(rows)
+    text = table([(*row, *more) for row, more in zip(rows, told)], head + ["because of"] * given.why)
+    return Output(text, dataclasses.asdict(answer))

@@ -21,6 +21,11 @@ def table(rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in cells)
 
 
+def because(reasons: Sequence[Any]) -> str:
+    """The three strongest reasons (`bundles.answer.Reason`) in a few words."""
+    return ", ".join(f"{r.item or 'a user like this'} {r.weight:+.3g}" for r in reasons[:3]) or "popularity"
+
+
 def _cell(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 

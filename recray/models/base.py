@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -19,10 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from recray.data.item_features import item_features
 from recray.data.sequences import Histories
 
 if TYPE_CHECKING:
     from recray.data.dataset import Dataset
+    from recray.models.why import Reasons
 
 Context = Mapping[str, NDArray[np.int32]]  # context column -> value rows int32[B]; 0 means unknown
 
@@ -46,6 +48,15 @@ class Catalogue:
 
     n_items: int
     context: Mapping[str, int]  # context column -> number of value rows, 0 being 'unknown'
+    item_values: Mapping[str, int] = field(default_factory=dict)  # category of items -> value rows, likewise
+    item_numbers: int = 0  # numbers of an item
+
+    @staticmethod
+    def of(data: Dataset) -> Catalogue:
+        """What a dataset says."""
+        found = item_features(data)
+        values = dict(zip(found.names, found.sizes, strict=True))
+        return Catalogue(data.n_items, data.context_sizes, values, len(found.number_names))
 
 
 class Model(nn.Module):
@@ -69,6 +80,19 @@ class Model(nn.Module):
         self.n_items = catalogue.n_items
         self.tables: nn.ModuleDict = nn.ModuleDict()
         self.network: nn.Module | None = None
+
+    def see(self, data: Dataset) -> None:
+        """Take what the model keeps of the items' features into its buffers, once, before it is trained.
+
+        A buffer's shape is known from the catalogue alone; its content travels in the state.
+        """
+
+    def reasons(self, history: Histories, row: int) -> Reasons | None:
+        """What the score of item `row` is the sum of, for one history; None of a model that is no sum.
+
+        `why` in why.py answers for every model.
+        """
+        return None
 
     # -- models with gradient = False ------------------------------------------------------------
     def fit(self, data: Dataset, *, seed: int = 0) -> Mapping[str, float]:
@@ -139,6 +163,9 @@ class Ranker(Model):
     """(history, candidates, context) -> one score a candidate."""
 
     stage = "ranker"
+    mined: NDArray[np.int32] | None = None
+    """int32[n, C], given before training: what a retriever proposes before each of the n train
+    interactions, best first, PAD where there is less. The target is told apart from these."""
 
     @abstractmethod
     def inputs(

@@ -37,6 +37,7 @@ from recray.models.embeddings import DenseTable
 from recray.models.ials_descent import Side, transposed
 from recray.models.ials_solve import pool, solve
 from recray.models.ranks import Alone, Ranks
+from recray.models.why import Reasons
 
 if TYPE_CHECKING:
     from recray.data.dataset import Dataset
@@ -109,6 +110,20 @@ class IALS(Retriever):
         gram, ridge_B = self.gram.cpu(), torch.from_numpy(ridge).float()
         solved = solve(pairs.indptr, at, pairs.data, gram, ridge_B, rows_nD.cpu())
         return solved.unsqueeze(1).to(self.device)
+
+    @torch.inference_mode()
+    def reasons(self, history: Histories, row: int) -> Reasons:
+        """Each item of the history adds c_i <A^-1 h_row, h_i>, A the matrix that w_u is solved with
+        (Hu et al. 2008, section 5)."""
+        pairs = self._pairs(history.known())
+        ridge, _ = self._ridge(pairs)
+        rows = torch.from_numpy(np.append(pairs.indices, row).astype(np.int64)).to(self.device)
+        vectors_LD = self.tables["item"](rows).double().cpu()
+        x_LD, h_D, c_L = vectors_LD[:-1], vectors_LD[-1], torch.from_numpy(pairs.data).double()
+        system_DD = (x_LD * c_L.unsqueeze(1)).T @ x_LD + self.gram.double().cpu()
+        system_DD.diagonal().add_(float(ridge[0]))
+        weights = (c_L * (x_LD @ torch.linalg.solve(system_DD, h_D))).numpy()
+        return Reasons.of(weights.sum(), 0.0, pairs.indices, weights)
 
     def _pairs(self, histories: Histories) -> Any:
         """csr float32[B, N] of c_ui: distinct pairs."""

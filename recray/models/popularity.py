@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from recray.data.sequences import Histories
 from recray.models.base import Catalogue, ModelConfig, Retriever
+from recray.models.why import Reasons
 
 if TYPE_CHECKING:
     from recray.data.dataset import Dataset
@@ -44,6 +46,10 @@ class Popularity(Retriever):
     @torch.inference_mode()
     def encode(self, histories: Histories) -> Tensor:
         return torch.ones(len(histories), 1, 1, device=self.counts.device)
+
+    def reasons(self, history: Histories, row: int) -> Reasons:
+        count = float(self.counts[row])
+        return Reasons.of(count, count, np.empty(0), np.empty(0))
 
     def item_vectors(self) -> Tensor:
         return self.counts.unsqueeze(1)

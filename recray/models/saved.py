@@ -32,15 +32,21 @@ def options_of(model: Model) -> dict[str, Any]:
 
 def catalogue_report(catalogue: Catalogue) -> dict[str, Any]:
     """What a manifest's report keeps of the catalogue; `catalogue_of` reads it back."""
-    return {"n_items": catalogue.n_items, "context": dict(catalogue.context)}
+    return {
+        "n_items": catalogue.n_items,
+        "context": dict(catalogue.context),
+        "item_values": dict(catalogue.item_values),
+        "item_numbers": catalogue.item_numbers,
+    }
 
 
 def catalogue_of(artefact: Artefact) -> Catalogue:
     """The catalogue a checkpoint was trained for; ArtefactError if the manifest does not say."""
-    entry = artefact.manifest.report.get("catalogue")
+    entry: Any = artefact.manifest.report.get("catalogue")
     try:
-        context = {str(name): int(size) for name, size in entry["context"].items()}  # type: ignore[index]
-        return Catalogue(int(entry["n_items"]), context)  # type: ignore[index]
+        context = {str(name): int(size) for name, size in entry["context"].items()}
+        values = {str(name): int(size) for name, size in entry.get("item_values", {}).items()}
+        return Catalogue(int(entry["n_items"]), context, values, int(entry.get("item_numbers", 0)))
     except (TypeError, KeyError, ValueError, AttributeError):
         raise ArtefactError("does not say which catalogue it was trained for", where=artefact.place) from None
 

@@ -42,6 +42,18 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+Scalars = Annotated[list[Scalar], Field(max_length=MAX_LIST)]
+Number = int | Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Condition(_Strict):
+    """What a column must hold, where it is more than one of some values."""
+
+    not_: Scalar | Scalars | None = Field(None, alias="not", description="Values it must not have.")
+    min: Number | None = Field(None, description="The least it may be.")
+    max: Number | None = Field(None, description="The most it may be.")
+
+
 class RecommendRequest(_Strict):
     """Who is asked for, what they did, and what may be answered."""
 
@@ -51,10 +63,22 @@ class RecommendRequest(_Strict):
     )
     k: int = Field(10, ge=1, le=MAX_K, description="How many items; fewer when the catalogue has fewer.")
     exclude: list[Id] = Field(default=[], max_length=MAX_LIST, description="Item ids never to answer.")
-    filter: dict[str, Scalar | Annotated[list[Scalar], Field(max_length=MAX_LIST)]] | None = Field(
-        None, description="Item column -> the value it must have, or a list of values."
+    filter: dict[str, Scalar | Scalars | Condition] | None = Field(
+        None, description="Item column -> the value it must have, one of a list of values, or a condition."
     )
     context: dict[str, Scalar] | None = Field(None, description="Context column -> the value now.")
+
+    def plain_filter(self) -> dict[str, Any] | None:
+        """The filter as `Bundle.request` takes it."""
+        if self.filter is None:
+            return None
+        told = {name: value for name, value in self.filter.items() if not isinstance(value, Condition)}
+        asked = {
+            name: value.model_dump(by_alias=True, exclude_none=True)
+            for name, value in self.filter.items()
+            if isinstance(value, Condition)
+        }
+        return told | asked
 
 
 class SimilarQuery(_Strict):

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recray.bundles.bundle import Answer, Bundle, Front, Request
+from recray.bundles.filters import Filter
 from recray.data.sequences import Histories
 from recray.errors import InputError
 from recray.manifest import Artefact
@@ -33,12 +34,12 @@ Ask = TypeVar("Ask")
 
 
 class RetrieveAsk(NamedTuple):
-    """history int32[L], exclude int32[X]; filter: column -> accepted values; want: C."""
+    """history int32[L], exclude int32[X]; filter: column -> what it must hold; want: C."""
 
     generation: str
     history: NDArray[np.int32]
     exclude: NDArray[np.int32]
-    filter: Mapping[str, tuple[Any, ...]]
+    filter: Filter
     want: int
 
 
@@ -94,7 +95,9 @@ class RetrieverStage:
             )
             return _lines(found.rows, found.scores)
 
-        return _grouped(asks, lambda ask: (ask.want, repr(sorted(ask.filter.items()))), answer)
+        return _grouped(
+            asks, lambda ask: (ask.want, repr(sorted(ask.filter.items(), key=lambda pair: pair[0]))), answer
+        )
 
     def _similar_batch(self, asks: Sequence[SimilarAsk]) -> list[Found]:
         ranked = [self._bundle.recommender.similar(ask.row, ask.k) for ask in asks]
@@ -205,7 +208,9 @@ class Ingress:
                     words = f"no {part} column of that name; there are: {', '.join(known) or 'none'}"
                     raise ApiError(422, "unknown_column", words, f"body.{part}.{column[:100]}")
         try:
-            return self._front.request(ask.user, ask.history, ask.k, ask.exclude, ask.filter, ask.context)
+            return self._front.request(
+                ask.user, ask.history, ask.k, ask.exclude, ask.plain_filter(), ask.context
+            )
         except InputError as error:
             raise ApiError(422, "invalid_value", str(error), error.where or "body") from None
 

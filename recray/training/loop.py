@@ -33,6 +33,7 @@ from recray.errors import ConfigError, InputError, RecrayError
 from recray.evaluation import TopK, evaluate, model_top_k
 from recray.models.base import Model
 from recray.recipes import Train
+from recray.training.adversarial import perturbed
 from recray.training.checkpoint import (
     EpochReport,
     Position,
@@ -269,6 +270,8 @@ class _Run:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
                 loss = model.loss(batch)
             loss.backward()  # type: ignore[no-untyped-call]
+            if train.adversarial:
+                self._against(batch)
             if len(group) > 1:  # a step of one batch alone may change rows in place
                 for table in self.tables.values():
                     table.send_back()
@@ -287,6 +290,16 @@ class _Run:
         for table in self.tables.values():
             table.step((train.table_lr or train.lr) * share, batches=len(group), number=step)
         return mean
+
+    def _against(self, batch: Any) -> None:
+        """Add the gradients of the batch's loss at perturbed rows, see adversarial.py."""
+        train = self.train
+        with (
+            perturbed(self.tables.values(), train.adversarial),
+            torch.autocast(self.device.type, torch.bfloat16, enabled=train.precision == "bf16"),
+        ):
+            worse = train.adversarial_weight * self.model.loss(batch)
+            worse.backward()  # type: ignore[no-untyped-call]
 
     def _sound_state(self) -> State:
         """The present state. Raises TrainingError, on every rank, where a table holds what is no number."""

@@ -167,9 +167,10 @@ def _worker(job: Mapping[str, Any]) -> None:
         dataset = open_dataset(job["dataset"])
         if dataset.artefact.hash != job["hash"]:
             raise InputError("was changed while the run was going on", where=dataset.artefact.place)
-        catalogue, seed = Catalogue(dataset.n_items, dataset.context_sizes), recipe.train.seed
+        catalogue, seed = Catalogue.of(dataset), recipe.train.seed
         gradient, last = model_class(recipe.model).gradient, ray.train.get_checkpoint()
         model = build_model(recipe.model, catalogue, recipe.options, seed=seed, allocate=not gradient)
+        model.see(dataset)
         with contextlib.ExitStack() as stack:
             if not gradient:
                 return _solve(outbox, model, dataset, seed) if last is None else None

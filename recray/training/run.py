@@ -24,7 +24,7 @@ from recray.errors import ConfigError, InputError
 from recray.manifest import Artefact, digest, write_artefact
 from recray.models import build_model, model_class
 from recray.models.base import Catalogue, Model
-from recray.models.saved import WEIGHTS, save_model
+from recray.models.saved import WEIGHTS, catalogue_report, save_model
 from recray.recipes import Recipe, Train
 from recray.storage import Place, check_writable, place, write_file
 from recray.training.checkpoint import (
@@ -69,11 +69,12 @@ def train(
     recipe = resolve(recipe, gpu=gpu)
     check_workers(workers)
     started = time.perf_counter()
-    kind, catalogue = model_class(recipe.model), Catalogue(dataset.n_items, dataset.context_sizes)
+    kind, catalogue = model_class(recipe.model), Catalogue.of(dataset)
     if not kind.gradient and not (workers and kind.shares_fit):
         if workers:
             progress.say(f"{recipe.model} is fitted in one process, without workers")
         model = build_model(recipe.model, catalogue, recipe.options, seed=recipe.train.seed)
+        model.see(dataset)
         measured = dict(model.fit(dataset, seed=recipe.train.seed))
         return _leave(target, dataset, recipe, model.eval(), {"fit": measured}, started)
     if not workers:  # a worker asks for itself, where it runs
@@ -126,7 +127,7 @@ def check(train: Train) -> None:
     """Raise ConfigError for a number that cannot be trained with."""
     least = {"epochs": 1, "batch_size": 1, "accumulate": 1}
     least |= dict.fromkeys(("warmup_steps", "patience", "threads", "seed", "valid_users", "save_steps"), 0)
-    least |= dict.fromkeys(("clip_norm", "weight_decay", "table_lr"), 0)
+    least |= dict.fromkeys(("clip_norm", "weight_decay", "table_lr", "adversarial", "adversarial_weight"), 0)
     for name, bound in least.items():
         if not getattr(train, name) >= bound:
             raise ConfigError(f"train.{name} is {getattr(train, name)}", fix=f"it must be {bound} or more")
@@ -159,8 +160,9 @@ def _train_here(dataset: Dataset, recipe: Recipe, run: RunFolder, log: Log) -> t
         progress.say(f"going on after epoch {done.epoch} of {recipe.train.epochs}")
         for epoch in done.history:  # one may have been kept and not logged
             log(epoch, 1)
-    catalogue, seed = Catalogue(dataset.n_items, dataset.context_sizes), recipe.train.seed
+    catalogue, seed = Catalogue.of(dataset), recipe.train.seed
     model = build_model(recipe.model, catalogue, recipe.options, seed=seed, allocate=False)
+    model.see(dataset)
     position = fit(
         model, dataset, recipe.train, report=keep, resume=resume, identity=run.identity, bars=True
     ).position
@@ -202,7 +204,7 @@ def _leave(
         else:
             save_model(folder, made.cpu())
 
-    catalogue = {"n_items": dataset.n_items, "context": dict(dataset.context_sizes)}
+    catalogue = catalogue_report(Catalogue.of(dataset))
     seconds = round(time.perf_counter() - started, 3)
     return write_artefact(
         target,

@@ -16,7 +16,8 @@ Shapes: n looked-up rows, U distinct ones, m rows this rank was asked for, N row
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -180,6 +181,30 @@ class ShardedTable(Table):
     def add_whole(self, grad_nD: Tensor) -> None:
         """Take a gradient of all of this rank's rows."""
         self._whole = grad_nD if self._whole is None else self._whole.add_(grad_nD)
+
+    @contextmanager
+    def moved(self, move: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+        """Inside the block what was read since the last step is `move(rows [U, D], gradients [U, D])`.
+
+        Gradients add up as ever; the rows are what they were after it.
+        """
+        routes = [route for route in self._routes if route.grads and route.rows is not None]
+        kept, whole = [route.rows for route in routes], None
+        for route in routes:
+            assert route.rows is not None
+            padding = int(route.padded)
+            moved = move(route.rows[padding:], route.summed().read())
+            route.rows = torch.cat([route.rows[:padding], moved])
+        if self._whole is not None:
+            whole = self.weight.clone()
+            self.weight.copy_(move(self.weight, self._whole))
+        try:
+            yield
+        finally:
+            for route, rows in zip(routes, kept):
+                route.rows = rows
+            if whole is not None:
+                self.weight.copy_(whole)
 
     # -- the optimizer -----------------------------------------------------------------------------
     def send_back(self) -> None:

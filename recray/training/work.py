@@ -94,7 +94,7 @@ def _dense_model(recipe: Recipe, catalogue: Catalogue) -> Model:
 
 def dataset_work(recipe: Recipe, data: Dataset, *, ranks: int = 1) -> Work:
     """`recipe_work` over a dataset's items and histories."""
-    return recipe_work(recipe, Catalogue(data.n_items, data.context_sizes), ranks=ranks, data=data)
+    return recipe_work(recipe, Catalogue.of(data), ranks=ranks, data=data)
 
 
 def table_work(

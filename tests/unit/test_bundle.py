@@ -207,7 +207,7 @@ def test_context_reaches_the_ranker_and_unknown_values_are_unknown(bundle: Bundl
         ({"filter": "book"}, "filter is"),
         ({"filter": {"price": "dear"}}, "wants int64"),
         ({"filter": {"price": [None]}}, "neither text nor a number"),
-        ({"filter": {"category": {"a": 1}}}, "neither text nor a number"),
+        ({"filter": {"category": {"a": 1}}}, "write a value, a list of values"),
         ({"context": {"mood": "low"}}, "unknown context column 'mood'. choose of weather"),
         ({"context": 3}, "context is 3"),
         ({"history": "i1"}, "list of item ids"),

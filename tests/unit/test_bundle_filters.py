@@ -47,6 +47,13 @@ def kept(given: Any, features: Any = FEATURES) -> list[int] | None:
         ({"tags": ["p", "q"]}, [0, 3, 4]),
         ({"numbers": "3"}, [1, 4]),
         ({"genre": "a", "tags": "p"}, [0]),
+        ({"genre": {"not": "a"}}, [1, 2, 4]),
+        ({"tags": {"not": ["p", "?"]}}, [1, 2, 3]),
+        ({"price": {"min": 1.5, "max": 2}}, [0, 1, 4]),
+        ({"price": {"max": 1.9}}, [0, 4]),
+        ({"year": {"min": 1991}, "tags": {"not": "r"}}, [1]),
+        ({"year": {"min": 1990, "not": [1993]}}, [0, 1, 3]),
+        ({"price": {"min": None}}, [0, 1, 2, 3, 4]),
         ({}, None),
         (None, None),
     ],
@@ -56,7 +63,23 @@ def test_masks(given: Any, rows: list[int] | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{"year": "soon"}, {"year": 1990.5}, {"numbers": ["x"]}, {"no": 1}, {7: 1}, 7]
+    "given",
+    [
+        {"year": "soon"},
+        {"year": 1990.5},
+        {"numbers": ["x"]},
+        {"no": 1},
+        {7: 1},
+        7,
+        {"year": {}},
+        {"year": {"under": 3}},
+        {"year": {"min": "1990"}},
+        {"year": {"max": True}},
+        {"year": {"max": float("nan")}},
+        {"genre": {"min": 1}},
+        {"tags": {"max": 1}},
+        {"year": {"not": "soon"}},
+    ],
 )
 def test_what_cannot_be_read_is_refused(given: Any) -> None:
     with pytest.raises(InputError):

@@ -107,7 +107,13 @@ def test_over_http_without_ray(bundle: Bundle) -> None:
             status, body = await ask(user="u1", k=1000, exclude=[])
             assert status == 200
             assert 0 < len(body["items"]) < 1000
+            some = {"price": {"min": 3, "max": 7}, "category": {"not": ["book"]}}
+            status, body = await ask(user="u1", k=5, filter=some)
+            assert status == 200
+            want = bundle.recommend(user="u1", k=5, filter=some)
+            assert [i["item"] for i in body["items"]] == [i.item for i in want.items]
             for bad, code, where in (
+                ({"filter": {"category": {"min": 3}}}, "invalid_value", "body"),
                 ({"filter": {"colour": "red"}}, "unknown_column", "body.filter.colour"),
                 ({"context": {"moon": "full"}}, "unknown_column", "body.context.moon"),
                 ({"filter": {"price": "cheap"}}, "invalid_value", "body"),
