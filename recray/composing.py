@@ -165,9 +165,18 @@ def check_search(fit: Fit, space: Space) -> None:
 
 
 def packed(
+    found: Artefact, trial: str | None, ranker: Source | None, filter: Mapping[str, Any] | None = None
+) -> tuple[Plan, Artefact, Artefact | None]:
+    """What a bundle of a checkpoint or search is made of: plan, retriever and ranker checkpoints."""
+    from recray.bundles.plan import Plan
+
+    plan, retriever, behind = _packed(found, trial, ranker)
+    return dataclasses.replace(plan or Plan(), filter=filter or {}), retriever, behind
+
+
+def _packed(
     found: Artefact, trial: str | None, ranker: Source | None
 ) -> tuple[Plan | None, Artefact, Artefact | None]:
-    """What a bundle of a checkpoint or search is made of: plan, retriever and ranker checkpoints."""
     if found.manifest.recipe.get("search") == "compress":
         from recray.tuning.chosen import plan_of_trial
 
@@ -180,7 +189,20 @@ def packed(
         raise InputError("keeps no trial to choose", where=found.place, fix="leave --trial out")
     if found.manifest.kind == "search":
         found = manifest.open_artefact(found.place / "best", "checkpoint")
-    return None, found, None if ranker is None else open_any(ranker, "checkpoint")
+    if ranker is None:
+        return None, found, None
+    second = open_any(ranker, "checkpoint")
+    return _measured_plan(found, second), found, second
+
+
+def _measured_plan(retriever: Artefact, ranker: Artefact) -> Plan | None:
+    """How the two are put together where the ranker was trained behind this retriever; else None."""
+    from recray.bundles.plan import Plan
+
+    if ranker.manifest.parents.get("retriever", {}).get("hash") != retriever.hash:
+        return None
+    told = ranker.manifest.report["two_stages"]
+    return Plan(**{name: told[name] for name in ("candidates", "blend") if name in told})
 
 
 def _top_k(artefact: Artefact) -> TopK:

@@ -61,7 +61,7 @@ class Answer:
 class Request:
     """A checked request. history, exclude: item rows int32[L] and int32[X]; k is at most N.
 
-    filter: feature column -> what it must hold, see `Bundle.allowed`; context: column -> value row.
+    filter: what features must hold, the bundle's own filter included; context: column -> value row.
     """
 
     history: NDArray[np.int32]

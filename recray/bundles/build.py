@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 
 from recray import config
 from recray.bundles.bundle import Bundle, item_table, open_bundle
+from recray.bundles.filters import Filters
 from recray.bundles.plan import Plan
 from recray.bundles.stage import read_stage, write_stage
 from recray.columns import SPLITS
@@ -40,8 +41,9 @@ def build(
     """Write the bundle of these checkpoints by `plan` (default: nothing compressed) and open it.
 
     pieces: a folder where encoded models and indexes are kept, so that plans which share one make
-    it once. Raises ConfigError for models that do not fit the plan, the dataset or each other, and
-    GraphError for a network that has no graph.
+    it once. Raises ConfigError for models that do not fit the plan, the dataset or each other,
+    InputError for a filter that the items' features cannot answer, and GraphError for a network that
+    has no graph.
     """
     plan = plan or Plan()
     retriever = _stage_of(retriever_ckpt, Retriever, "retriever")
@@ -54,6 +56,7 @@ def build(
                 fix="give the dataset it was trained on",
             )
     plan.check(retriever, ranker)
+    Filters(dataset.item_features, dataset.n_items).checked(plan.filter)
 
     def fill(folder: Path) -> Mapping[str, Any]:
         measured = {"retriever": _retriever(folder, retriever, retriever_ckpt, plan, pieces)}

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from recray import config
 from recray.bundles.answer import Answer, Item, Reason, Request, Why
-from recray.bundles.filters import Filters
+from recray.bundles.filters import Filter, Filters
 from recray.bundles.plan import Plan
 from recray.bundles.stage import read_stage
 from recray.data.ids import Ids
@@ -102,7 +102,7 @@ class Front:
             history=rows,
             exclude=barred.astype(np.int32),
             k=self._count(k),
-            filter=self.filters.checked(filter),
+            filter=self.wanted(filter),
             context=self._context(context),
             degraded=degraded,
         )
@@ -123,6 +123,10 @@ class Front:
         source = ranked.sources[at]
         items = [Item(name, score, source) for name, score in zip(names, scores)]
         return Answer(items[: request.k], self.generation, list(request.degraded))
+
+    def wanted(self, filter: Mapping[str, Any] | None) -> Filter:
+        """What a request's filter and the bundle's own ask together. Raises InputError."""
+        return self.filters.checked(self.plan.filter) + self.filters.checked(filter)
 
     def shared(self, row: int, other: int) -> dict[str, str]:
         """Feature column -> what two items have in common in it: words that are equal, or are in both
@@ -208,10 +212,10 @@ class Bundle(Front):
         row = int(self.items.rows_of([_id("item", item)])[0])
         if row < 0:
             raise InputError(f"unknown item {item!r:.80}")
-        mask = self.filters.mask(self.filters.checked(filter))
+        mask = self.filters.mask(self.wanted(filter))
         ranked = self.recommender.similar(row, self._count(k), mask)
         empty = np.empty(0, np.int32)
-        return self.answer(Request(empty, empty, self._count(k), {}, {}), ranked)
+        return self.answer(Request(empty, empty, self._count(k), (), {}), ranked)
 
     def why(
         self,

@@ -34,7 +34,7 @@ class Condition:
     most: float | None = None
 
 
-Filter = Mapping[str, Condition]
+Filter = tuple[tuple[str, Condition], ...]  # (column, what it must hold), all of them
 
 
 class Filters:
@@ -51,17 +51,17 @@ class Filters:
         Unknown columns and odd values raise InputError.
         """
         if given is None:
-            return {}
+            return ()
         if not isinstance(given, Mapping):
             raise InputError(f"filter is {given!r:.80}", fix='write {"column": ["value"]}')
         known = [] if self.features is None else self.features.column_names
-        made = {}
+        made = []
         for column, values in sorted(given.items(), key=lambda pair: str(pair[0])):
             if column not in known:
                 fix = f"choose of {', '.join(known)}" if known else "this bundle has no item features"
                 raise InputError(f"unknown filter column {column!r:.80}", fix=fix)
-            made[column] = self._condition(column, values)
-        return made
+            made.append((column, self._condition(column, values)))
+        return tuple(made)
 
     def _condition(self, column: str, given: Any) -> Condition:
         if not isinstance(given, Mapping):
@@ -91,13 +91,13 @@ class Filters:
         filter."""
         if not filter:
             return None
-        key = repr(sorted(filter.items(), key=lambda pair: pair[0]))  # tells 1 from 1.0 and True
+        key = repr(filter)  # tells 1 from 1.0 and True
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
         mask = np.ones(self.n_items, bool)
-        for column, condition in filter.items():
+        for column, condition in filter:
             if condition.among is not None:
                 mask &= self._column(column, condition.among)
             if condition.never is not None:

@@ -24,6 +24,7 @@ class Plan:
     index, index_params: how item vectors are searched (`recray.retrieval.index.INDEXES`).
     candidates: how many items the retriever gives the ranker.
     blend: the retriever's share in the final score (see `Recommender.rank`), 0 = the ranker's alone.
+    filter: what every answer's items must hold besides a request's own filter (see `bundles.filters`).
     """
 
     retriever_codec: str = "f32"
@@ -34,6 +35,7 @@ class Plan:
     index_params: Mapping[str, Any] = field(default_factory=dict)
     candidates: int = 200
     blend: float = 0.8
+    filter: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for codec in (self.retriever_codec, self.ranker_codec):

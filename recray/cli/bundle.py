@@ -6,6 +6,7 @@ from argparse import ArgumentParser, Namespace
 
 from recray.cli.output import Output, made
 from recray.cli.parsing import out_option
+from recray.cli.words import as_json
 
 EXAMPLE = "recray bundle runs/small --out runs/bundle"
 
@@ -16,6 +17,9 @@ def options(parser: ArgumentParser) -> None:
     parser.add_argument("--trial", metavar="ID", help="a trial of the search instead of the chosen one")
     parser.add_argument("--ranker", metavar="CHECKPOINT", help="a ranker behind a retriever's checkpoint")
     parser.add_argument("--data", metavar="DATASET", help="default: the dataset the manifest names")
+    parser.add_argument(
+        "--filter", type=as_json, metavar="JSON", help='for all answers, such as {"stock": {"min": 1}}'
+    )
     out_option(parser, "runs/bundle-SOURCE")
 
 
@@ -24,6 +28,11 @@ def run(given: Namespace) -> Output:
     from recray import api
 
     made_bundle = api.bundle(
-        given.source, trial=given.trial, ranker=given.ranker, data=given.data, out=given.out
+        given.source,
+        trial=given.trial,
+        ranker=given.ranker,
+        data=given.data,
+        filter=given.filter,
+        out=given.out,
     )
     return made(made_bundle.artefact)

@@ -34,7 +34,7 @@ Ask = TypeVar("Ask")
 
 
 class RetrieveAsk(NamedTuple):
-    """history int32[L], exclude int32[X]; filter: column -> what it must hold; want: C."""
+    """history int32[L], exclude int32[X]; filter: what columns must hold; want: C."""
 
     generation: str
     history: NDArray[np.int32]
@@ -95,9 +95,7 @@ class RetrieverStage:
             )
             return _lines(found.rows, found.scores)
 
-        return _grouped(
-            asks, lambda ask: (ask.want, repr(sorted(ask.filter.items(), key=lambda pair: pair[0]))), answer
-        )
+        return _grouped(asks, lambda ask: (ask.want, repr(ask.filter)), answer)
 
     def _similar_batch(self, asks: Sequence[SimilarAsk]) -> list[Found]:
         ranked = [self._bundle.recommender.similar(ask.row, ask.k) for ask in asks]
@@ -184,7 +182,7 @@ class Ingress:
         k = min(k, len(self._front.items))
         found = _same(await self._similar(SimilarAsk(self._front.generation, row, k)))
         nobody = np.empty(0, np.int32)
-        asked = Request(nobody, nobody, k, {}, {})
+        asked = Request(nobody, nobody, k, (), {})
         return _reply(self._named(asked, found, "retriever"), {"total": _ms(start)})
 
     async def ready(self) -> str:

@@ -169,6 +169,29 @@ def test_k_larger_than_the_catalogue_gives_what_is_left(bundle: Bundle) -> None:
     assert len(set(names(answer))) == len(answer.items) == len(bundle.items) - seen
 
 
+def test_a_bundles_own_filter_holds_for_every_answer(
+    folder: Path, data: Dataset, checkpoints: dict[str, Artefact], bundles: dict[str, Bundle]
+) -> None:
+    plan = Plan(filter={"price": {"max": 5}, "category": {"not": "song"}})
+    cheap = build(folder / "cheap", checkpoints["ials"], None, data, plan, pieces=folder / "p")
+    features = cheap.item_features
+    assert features is not None
+    price, category = (features.column(name).to_pylist() for name in ("price", "category"))
+    allowed = {row for row in range(len(price)) if price[row] <= 5 and category[row] != "song"}
+
+    def rows(answer: Answer) -> set[int]:
+        return set(cheap.items.rows_of(names(answer)).tolist())
+
+    for asked in ({"user": "u3"}, {"user": "nobody"}, {"history": ["i1"]}):
+        assert rows(cheap.recommend(**asked, k=200, exclude_seen=False)) == allowed  # type: ignore[arg-type]
+    both = rows(cheap.recommend(user="u3", k=200, filter={"price": {"min": 3}}, exclude_seen=False))
+    assert both == {row for row in allowed if price[row] >= 3}
+    assert rows(cheap.similar("i0", 200)) <= allowed
+    with pytest.raises(InputError, match="unknown filter column 'colour'"):
+        build(folder / "no", checkpoints["ials"], None, data, Plan(filter={"colour": "red"}))
+    assert not (folder / "no").exists()
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_filters_are_exact_however_little_they_leave(bundles: dict[str, Bundle], plan: str) -> None:
     bundle = bundles[plan]
