@@ -4,7 +4,8 @@ The settings of iALS on ml1m_ncf were the best of those tried on a validation sp
 (reg .005 to .01, unobserved .2 to .4; 12 and 16 sweeps differ by less than the seeds do). The test split
 was seen twice: 12 sweeps with seed 0 gave .7285/.4522, then 16 sweeps with three seeds, which is kept.
 
-ml1m_ncf: the split and the 99 negatives a user of He et al. 2017. ml100k: leave-one-out, full ranking.
+ml1m_ncf: the split and the 99 negatives a user of He et al. 2017. ml100k: leave-one-out, full ranking. Of
+lightgcn_gowalla and scientific_text see _gowalla.py and _scientific.py.
 The folders lie in ../shared/data or $RECRAY_DATA; one that is absent gives no rows.
 """
 
@@ -35,12 +36,17 @@ DATA = Path(os.environ.get("RECRAY_DATA", Path(__file__).parents[2] / "shared" /
 NCF_FLOOR = {"hr@10": 0.7294, "ndcg@10": 0.4523}  # matrix factorization in Rendle et al. 2020
 NCF_IALS = ("options.dim=192", "options.reg=0.007", "options.unobserved=0.3", "options.sweeps=16")
 NCF_SEEDS = (0, 1, 2)
+WORKS = ("ml1m_ncf", "ml100k", "lightgcn_gowalla", "scientific_text")
 ML100K = ("popularity", "item-knn", "ials", "sasrec", "neumf")
 
 
 def bench(quick: bool, work: str | None = None) -> Iterator[Row]:
-    """Ranking quality on ml1m_ncf and ml100k; --quick trains the neural models for a few epochs only."""
-    for name, run in {"ml1m_ncf": ml1m_ncf, "ml100k": ml100k}.items():
+    """Ranking quality on real logs; --quick trains the neural models for a few epochs only."""
+    from benchmarks._gowalla import lightgcn_gowalla
+    from benchmarks._scientific import scientific_text
+
+    for run in (ml1m_ncf, ml100k, lightgcn_gowalla, scientific_text):
+        name = run.__name__
         if work not in (None, name):
             continue
         if not (DATA / name).is_dir():
@@ -131,9 +137,10 @@ def rows(
     changes: tuple[str, ...],
     floor: dict[str, float],
     seeds: tuple[int, ...] = (0,),
+    metrics: tuple[str, ...] = ("hr@10", "ndcg@10"),
 ) -> Iterator[Row]:
     """One row a metric, with its interval over users."""
-    for metric in ("hr@10", "ndcg@10"):
+    for metric in metrics:
         mean = report.interval(metric)
         given = {"users": len(report.user_rows), "threads": usable_cores(), "set": list(changes)}
         given |= {} if seconds is None else {"train_seconds": round(seconds, 1)}
@@ -151,4 +158,4 @@ def rows(
 
 
 if __name__ == "__main__":
-    sys.exit(main("quality", bench, works=("ml1m_ncf", "ml100k")))
+    sys.exit(main("quality", bench, works=WORKS))

@@ -29,6 +29,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
+    "build",
     "bundle",
     "compress",
     "demo",
@@ -56,13 +57,14 @@ if TYPE_CHECKING:
         train,
         tune,
     )
+    from recray.domains import build
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        from recray import api
+        from recray import api, domains
 
-        return getattr(api, name)
+        return getattr(domains if name == "build" else api, name)
     raise AttributeError(f"module 'recray' has no attribute {name!r}")
 
 

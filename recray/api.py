@@ -91,6 +91,7 @@ def train(
     recipe: str = "sasrec",
     workers: int | tuple[int, int] = 0,
     gpu: bool = False,
+    retriever: Source | None = None,
     set: Sequence[str] = (),
     out: Where | None = None,
 ) -> Artefact:
@@ -101,6 +102,7 @@ def train(
         workers: 0 trains in this process, more on as many Ray Train workers; (2, 4) grows and
             shrinks with the cluster.
         gpu: one device a worker.
+        retriever: of a ranker: the checkpoint whose candidates it learns from, and is bundled with.
         set: changes of the recipe, `("train.epochs=5", "options.dim=128")`.
         out: default `runs/checkpoint-<recipe>-<dataset>`.
 
@@ -113,9 +115,9 @@ def train(
     chosen = recipes.recipe(recipe, list(set))
     from recray.training.run import train as run
 
-    data = open_data(dataset)
+    data, first = open_data(dataset), None if retriever is None else open_any(retriever, "checkpoint")
     place = target(out, "checkpoint", recipe, data)
-    return run(data, chosen, workers=workers, gpu=gpu, out=place)
+    return run(data, chosen, workers=workers, gpu=gpu, retriever=first, out=place)
 
 
 def evaluate(
@@ -246,6 +248,7 @@ def bundle(
     trial: str | None = None,
     ranker: Source | None = None,
     data: Source | Dataset | None = None,
+    filter: Mapping[str, Any] | None = None,
     out: Where | None = None,
 ) -> Bundle:
     """Pack all that a replica needs to answer into one immutable folder, and open it.
@@ -256,6 +259,7 @@ def bundle(
         trial: another trial of a search by `compress`: its hash, the start of it, or its number.
         ranker: the checkpoint behind a retriever's; a search has its own.
         data: default the dataset that the manifest names, its hash checked.
+        filter: what all answers' items must hold, as a request's: `{"stock": {"min": 1}}`.
         out: default `runs/bundle-<source>`.
 
     Raises:
@@ -267,7 +271,7 @@ def bundle(
     from recray.bundles.build import build
 
     found = open_any(source, "checkpoint", "search")
-    plan, retriever, behind = composing.packed(found, trial, ranker)
+    plan, retriever, behind = composing.packed(found, trial, ranker, filter)
     return build(target(out, "bundle", found), retriever, behind, open_data(data, retriever), plan)
 
 
@@ -278,6 +282,7 @@ def recommend(
     history: Sequence[str] | None = None,
     users: Where | Sequence[str] | None = None,
     k: int = 10,
+    why: bool = False,
     workers: int = 0,
     out: Where | None = None,
 ) -> Answer | Artefact:
@@ -287,6 +292,7 @@ def recommend(
         user: an id of the dataset; one nobody knows gets what is popular.
         history: item ids, oldest first, in place of a user's own.
         users: ids, or a file with one a line (or a Parquet column `user`); the answers go to `out`.
+        why: not of `users`: also say what speaks for each item.
         workers: of `users` only: 0 answers in this process, more in as many Ray tasks.
         out: of `users` only: default `runs/recommendations-<bundle>`.
 
@@ -299,7 +305,7 @@ def recommend(
         raise InputError("nobody to answer", fix="give one of user, history and users")
     opened = composing.open_bundle(bundle)
     if users is None:
-        return opened.recommend(user=user, history=history, k=k)
+        return opened.recommend(user=user, history=history, k=k, why=why)
     from recray.bundles.many import recommend_many
 
     place = target(out, "recommendations", opened)

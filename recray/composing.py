@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from recray.bundles.plan import Plan
     from recray.data.dataset import Dataset
     from recray.evaluation import Report, TopK
+    from recray.models.base import Model
     from recray.training.plan import RunPlan
     from recray.tuning.space import Space
 
@@ -69,13 +70,20 @@ def target(out: Where | None, kind: str, *after: Any) -> storage.Place:
 
 
 def measure(artefact: Artefact, dataset: Dataset, split: str, *, beyond: bool = True) -> Report:
-    """A checkpoint by full ranking, or a bundle as it is served, on one split of a dataset."""
+    """A checkpoint by full ranking, or a bundle as it is served, on one split of a dataset.
+
+    A ranker that was trained on labels is measured by them: "auc", and "logloss" of each interaction.
+    """
     from recray import evaluation
 
     if not dataset.has_split(split):
         raise InputError(f"has no {split} split", where=dataset.artefact.place, fix="prepare it with one")
+    if artefact.manifest.recipe.get("options", {}).get("loss") == "labels":
+        return _labelled(artefact, dataset, split)
     catalogue = evaluation.beyond_of(dataset) if beyond else None
-    return evaluation.evaluate(_top_k(artefact), dataset.cases(split), catalogue=catalogue)
+    cases, (top_k, model) = dataset.cases(split), _asked(artefact)
+    report = evaluation.evaluate(top_k, cases, catalogue=catalogue)
+    return evaluation.with_ratings(report, model, cases)
 
 
 def plan(
@@ -153,11 +161,13 @@ class Fit:
 
 def check_search(fit: Fit, space: Space) -> None:
     """Raise ConfigError, before any trial, for a setting or a metric that no trial could use."""
-    from recray.metrics.ranking import NAMES
+    from recray.metrics import ranking
     from recray.training.run import resolve
 
-    if fit.metric.partition("@")[0] not in NAMES:
-        raise config.unknown_name("metric", fit.metric, [f"{name}@10" for name in NAMES])
+    labelled = fit.recipe.options.get("loss") == "labels"
+    known = ("auc",) if labelled else tuple(f"{name}@10" for name in ranking.NAMES)
+    if fit.metric.partition("@")[0] not in {name.partition("@")[0] for name in known}:
+        raise config.unknown_name("metric", fit.metric, known)
     for name, dimension in space.dimensions.items():
         ends = (dimension.tidy(dimension.low), dimension.tidy(dimension.high))
         for value in dimension.choices or ends:
@@ -205,17 +215,35 @@ def _measured_plan(retriever: Artefact, ranker: Artefact) -> Plan | None:
     return Plan(**{name: told[name] for name in ("candidates", "blend") if name in told})
 
 
-def _top_k(artefact: Artefact) -> TopK:
+def _asked(artefact: Artefact) -> tuple[TopK, Model]:
+    """How an artefact is asked for its best items, and the model that may predict ratings."""
     from recray import evaluation
 
     if artefact.manifest.kind == "bundle":
-        return evaluation.recommender_top_k(open_bundle(artefact).recommender)
+        recommender = open_bundle(artefact).recommender
+        return evaluation.recommender_top_k(recommender), recommender.retriever
     from recray.models.base import Ranker, Retriever
     from recray.models.saved import load_model
 
     model = load_model(artefact)
     assert isinstance(model, (Retriever, Ranker))
-    return evaluation.model_top_k(model)
+    return evaluation.model_top_k(model), model
+
+
+def _labelled(artefact: Artefact, dataset: Dataset, split: str) -> Report:
+    from recray.evaluation import Report
+    from recray.metrics.binary import auc, losses
+    from recray.models.features import FeatureRanker
+    from recray.models.saved import load_model
+
+    model = load_model(artefact)
+    assert isinstance(model, FeatureRanker)
+    labels, logits = model.labelled(dataset, split)
+    if labels.all() or not labels.any():
+        what = "only what was taken" if labels.all() else "nothing that was taken"
+        raise InputError(f"its {split} split has {what}: no AUC", where=dataset.artefact.place)
+    rows = dataset.interactions(split).user_rows
+    return Report({"logloss": losses(labels, logits)}, rows, {"auc": auc(labels, logits)})
 
 
 def _name(source: Any) -> str:

@@ -10,7 +10,7 @@ Shapes: B users, k places of a list, N items, C candidates a user.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from recray.metrics import beyond, interval, rating
 from recray.metrics.interval import Difference
 from recray.metrics.ranking import ranking
 from recray.models.base import Ranker, Retriever
+from recray.models.ratings import PredictsRatings
 
 if TYPE_CHECKING:
     from recray.data.dataset import Cases, Dataset
@@ -190,6 +191,25 @@ def evaluate_ratings(predict: Predict, cases: Cases, *, batch: int = 512) -> Rep
         {"rmse": float(np.sqrt(squared.mean()))},
         len(cases.user_rows) - len(asked),
     )
+
+
+def with_ratings(report: Report, model: object, cases: Cases) -> Report:
+    """The report with "rmse" and "mae" of the same cases in `whole`, where the model predicts ratings.
+
+    Left as it is where the model does not, or where the held-out weights are all the same: no ratings.
+    """
+    if not isinstance(model, PredictsRatings) or not model.predicts:
+        return report
+    given = cases.targets.weights
+    if given is None or not len(given) or (given == given[0]).all():
+        return report
+    found = evaluate_ratings(model_predict(model), cases).means
+    return replace(report, whole={**report.whole, "rmse": found["rmse"], "mae": found["mae"]})
+
+
+def model_predict(model: PredictsRatings) -> Predict:
+    """What a model says of each target, from the history with its weights."""
+    return lambda cases: model.predict(cases.histories, cases.targets)
 
 
 def model_top_k(model: Retriever | Ranker) -> TopK:

@@ -35,7 +35,10 @@ class Train:
     table_lr: float = 0.0  # 0 = lr
     table_dtype: Literal["f32", "bf16"] = "f32"  # bf16 rounds stochastically
     wire: Literal["f32", "bf16"] = "f32"  # what rows and their gradients travel in between workers
+    candidates: int = 100  # of a retriever, that a ranker is trained on and later asked about
     save_steps: int = 0  # a state every so many batches, too; 0 = after epochs only
+    adversarial: float = 0.0  # length of a perturbation of embeddings, as a share of a row's; 0 = none
+    adversarial_weight: float = 1.0  # of the loss under it
     track: str = ""  # where each epoch's numbers go: tensorboard, mlflow, wandb, or several with commas
 
 
@@ -59,6 +62,38 @@ def item_knn() -> Recipe:
     return Recipe(name="item-knn", model="item-knn")
 
 
+def item_ratings() -> Recipe:
+    """Item neighbours that predict ratings: adjusted cosine, all similarities above zero kept."""
+    options = {"similarity": "adjusted", "neighbours": 1000, "shrink": 100.0}
+    return Recipe(name="item-ratings", model="item-knn", options=options)
+
+
+def user_knn() -> Recipe:
+    """User neighbours by shrunk cosine."""
+    return Recipe(name="user-knn", model="user-knn")
+
+
+def user_ratings() -> Recipe:
+    """User neighbours that predict ratings: Pearson, from the baseline."""
+    options = {"similarity": "pearson", "weighted": True, "centre": "baseline", "neighbours": 40}
+    return Recipe(name="user-ratings", model="user-knn", options=options)
+
+
+def ease() -> Recipe:
+    """Linear item-to-item weights in closed form (Steck 2019); memory grows with the items squared."""
+    return Recipe(name="ease", model="ease")
+
+
+def spectral() -> Recipe:
+    """A graph filter: item neighbours, a low-pass and a sharpening, served as one sparse product."""
+    return Recipe(name="spectral", model="spectral")
+
+
+def content() -> Recipe:
+    """Items like those of the history, by text, categories and numbers."""
+    return Recipe(name="content", model="content")
+
+
 def ials() -> Recipe:
     """Implicit ALS with frequency-scaled regularization (Rendle et al. 2022), d = 64."""
     return Recipe(name="ials", model="ials", options={"dim": 64})
@@ -70,18 +105,79 @@ def sasrec() -> Recipe:
     return Recipe(name="sasrec", model="sasrec", options=options, train=Train(epochs=30, batch_size=64))
 
 
+def esasrec() -> Recipe:
+    """SASRec with gates and mixed sampled negatives (after Tikhonovich et al. 2025)."""
+    options = {"dim": 64, "blocks": 2, "max_len": 50, "dropout": 0.2, "ffn": "gated", "gates": True}
+    options |= {"loss": "sampled", "sampling": "in-batch", "negatives": 512, "uniform_share": 0.5}
+    return Recipe(name="esasrec", model="sasrec", options=options, train=Train(epochs=30, batch_size=64))
+
+
+def gru4rec() -> Recipe:
+    """A recurrent network over the history, with full softmax."""
+    options = {"dim": 64, "units": 128, "max_len": 50}
+    return Recipe(name="gru4rec", model="gru4rec", options=options, train=Train(epochs=30, batch_size=64))
+
+
+def caser() -> Recipe:
+    """Convolutions over the newest items, with full softmax."""
+    options = {"dim": 64, "window": 5, "max_len": 50}
+    return Recipe(name="caser", model="caser", options=options, train=Train(epochs=30, batch_size=64))
+
+
+def mind() -> Recipe:
+    """Four interests a user by dynamic routing, served as four queries."""
+    options = {"dim": 64, "interests": 4, "max_len": 50}
+    return Recipe(name="mind", model="mind", options=options, train=Train(epochs=30, batch_size=64))
+
+
+def two_tower() -> Recipe:
+    """A user tower over the history and an item tower over id and features, negatives from the batch."""
+    options = {"dim": 64, "history": "before", "negatives": 1024}
+    training = Train(epochs=30, batch_size=128, lr=2e-3)
+    return Recipe(name="two-tower", model="two-tower", options=options, train=training)
+
+
+def bpr() -> Recipe:
+    """Matrix factorization by pairwise ranking; users are folded in."""
+    return Recipe(name="bpr", model="bpr", options={"dim": 64, "epochs": 60, "draws": 4})
+
+
 def neumf() -> Recipe:
     """Neural matrix factorization over the history; the first ranker."""
     training = Train(epochs=15, batch_size=32, lr=5e-3)
     return Recipe(name="neumf", model="neumf", options={"dim": 32, "negatives": 256}, train=training)
 
 
+def dlrm() -> Recipe:
+    """Dot products of mixed features (Naumov et al. 2019), with an attention over the history."""
+    return Recipe(name="dlrm", model="dlrm", train=Train(epochs=15, batch_size=32, lr=3e-3))
+
+
+def dcn() -> Recipe:
+    """Crosses of mixed features (DCN-V2, Wang et al. 2021), with an attention over the history."""
+    return Recipe(name="dcn", model="dcn", train=Train(epochs=15, batch_size=32, lr=3e-3))
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "popularity": popularity,
     "item-knn": item_knn,
+    "item-ratings": item_ratings,
+    "user-knn": user_knn,
+    "user-ratings": user_ratings,
+    "ease": ease,
+    "spectral": spectral,
+    "content": content,
     "ials": ials,
+    "bpr": bpr,
+    "two-tower": two_tower,
     "sasrec": sasrec,
+    "esasrec": esasrec,
+    "gru4rec": gru4rec,
+    "caser": caser,
+    "mind": mind,
     "neumf": neumf,
+    "dlrm": dlrm,
+    "dcn": dcn,
 }
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from recray.data.sequences import Histories
@@ -20,7 +21,7 @@ class Log:
     context: dict[str, NDArray[np.int32]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SmallData:
     """Users who walk around a ring of items, `step` apart, with a little noise."""
 
@@ -28,6 +29,7 @@ class SmallData:
     train: Histories
     context_sizes: dict[str, int] = field(default_factory=dict)
     context: dict[str, NDArray[np.int32]] = field(default_factory=dict)
+    item_features: Any = None  # an Arrow table
 
     @property
     def n_users(self) -> int:
@@ -44,7 +46,10 @@ class SmallData:
 
 
 def ring(n_users: int = 60, n_items: int = 23, *, seed: int = 0, columns: tuple[str, ...] = ()) -> Any:
-    """User u starts anywhere and takes the next item of the ring; one in ten is any item."""
+    """User u starts anywhere and takes the next item of the ring; one in ten is any item.
+
+    An item's feature is the quarter of the ring it lies in.
+    """
     rng = np.random.default_rng(seed)
     lengths = rng.integers(0, 30, n_users)
     rows = []
@@ -54,4 +59,5 @@ def ring(n_users: int = 60, n_items: int = 23, *, seed: int = 0, columns: tuple[
         rows.append(np.where(noise, rng.integers(0, n_items, length), walk).tolist())
     made = Histories.of(rows)
     context = {name: rng.integers(0, 5, len(made.items)).astype(np.int32) for name in columns}
-    return SmallData(n_items, made, dict.fromkeys(columns, 5), context)
+    table = pa.table({"arc": [f"arc {i * 4 // n_items}" for i in range(n_items)]})
+    return SmallData(n_items, made, dict.fromkeys(columns, 5), context, table)

@@ -24,6 +24,9 @@ def options(parser: ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="change one setting of the recipe: train.epochs=5, options.dim=128 (may be repeated)",
     )
+    parser.add_argument(
+        "--retriever", metavar="CHECKPOINT", help="train a ranker on this retriever's candidates"
+    )
     parser.add_argument("--gpu", action="store_true", help="one GPU a worker")
     workers_option(parser, "Ray Train workers, 2-4 being as many as the cluster has room for", elastic=True)
     out_option(parser, "runs/checkpoint-RECIPE-DATASET")
@@ -39,6 +42,7 @@ def run(given: Namespace) -> Output:
             recipe=given.recipe,
             workers=given.workers,
             gpu=given.gpu,
+            retriever=given.retriever,
             set=given.set,
             out=given.out,
         )

@@ -44,9 +44,9 @@ class SequenceBatch:
 class Negatives:
     """How negatives are drawn: `count` rows a step, alike on every rank.
 
-    'popularity' draws by frequency ** power, mixed with `uniform_share` of uniform draws so that no
-    item has probability zero; 'in-batch' takes the step's own targets (of all ranks), which is drawing
-    by frequency.
+    'popularity' draws by frequency ** power, 'in-batch' takes the step's own targets (of all ranks),
+    which is drawing by frequency. With both, `uniform_share` of the draws are uniform, so that no item
+    has probability zero (Yang et al. 2020, "Mixed negative sampling").
     """
 
     count: int
@@ -178,8 +178,8 @@ class _Drawer:
         self.how, self.items, self.n_items = how, histories.items, n_items
         self.law: NDArray[np.float64] | None = None
         if how.sampling != "uniform":
-            power, uniform = (1.0, 0.0) if how.sampling == "in-batch" else (how.power, how.uniform_share)
-            self.law = _cumulative(histories.items, n_items, power, uniform)
+            power = 1.0 if how.sampling == "in-batch" else how.power
+            self.law = _cumulative(histories.items, n_items, power, how.uniform_share)
 
     def __call__(self, step: Step, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """(rows int64[S], log of how often each is expected among them float32[S])"""
@@ -188,6 +188,9 @@ class _Drawer:
             return rng.integers(self.n_items, size=count), np.full(count, np.log(count / self.n_items), "f4")
         if self.how.sampling == "in-batch":
             drawn = self._targets(step, rng)
+            if self.how.uniform_share:
+                any_item = rng.random(count) < self.how.uniform_share
+                drawn[any_item] = rng.integers(self.n_items, size=int(any_item.sum()))
         else:
             drawn = np.searchsorted(self.law, rng.random(count), side="right")
         q = self.law[drawn] - np.where(drawn > 0, self.law[drawn - 1], 0)

@@ -15,9 +15,20 @@ if TYPE_CHECKING:
 MODELS = {  # name -> module:class, imported when asked for
     "popularity": "recray.models.popularity:Popularity",
     "item-knn": "recray.models.item_knn:ItemKNN",
+    "user-knn": "recray.models.user_knn:UserKNN",
+    "ease": "recray.models.linear:EASE",
+    "spectral": "recray.models.spectral:Spectral",
+    "content": "recray.models.content:ContentBased",
     "ials": "recray.models.ials:IALS",
     "sasrec": "recray.models.sasrec:SASRec",
     "neumf": "recray.models.neumf:NeuMF",
+    "dlrm": "recray.models.dlrm:DLRM",
+    "dcn": "recray.models.dcn:DCN",
+    "gru4rec": "recray.models.gru4rec:GRU4Rec",
+    "caser": "recray.models.caser:Caser",
+    "mind": "recray.models.mind:MIND",
+    "bpr": "recray.models.bpr:BPR",
+    "two-tower": "recray.models.two_tower:TwoTower",
 }
 
 

@@ -165,7 +165,7 @@ class Ranker(Model):
     stage = "ranker"
     mined: NDArray[np.int32] | None = None
     """int32[n, C], given before training: what a retriever proposes before each of the n train
-    interactions, best first, PAD where there is less. The target is told apart from these."""
+    interactions, best first, as item row + 1, 0 where there is none. See `models/rankers.py`."""
 
     @abstractmethod
     def inputs(

@@ -1,6 +1,6 @@
 """Losses over next-item positions, each a small function that returns a scalar.
 
-Shapes: P positions, D dims, N items, S sampled negatives.
+Shapes: P positions, D dims, N items, S sampled negatives, K states a position.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 _LOGITS = 1 << 22  # logits in memory at a time
 
@@ -81,6 +82,24 @@ def full_softmax(states_PD: Tensor, items_ND: Tensor, targets_P: Tensor) -> Tens
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
     summed: Tensor = _FullSoftmax.apply(states_PD.float(), items_ND, targets_P, dtype)  # type: ignore[no-untyped-call]
     return summed
+
+
+def others_of_best(states_PKD: Tensor, items_ND: Tensor, targets_P: Tensor) -> Tensor:
+    """log of sum over items i, the target left out, of exp(max_k <state_k, item_i>), float32[P].
+
+    Chunk by chunk, the logits of each made once more in the backward pass and never kept.
+    """
+    chunk = max(1, _LOGITS // (states_PKD.shape[1] * len(items_ND)))
+    parts = [
+        checkpoint(_others_of_best, states, items_ND, targets, use_reentrant=False)
+        for states, targets in zip(torch.split(states_PKD, chunk), torch.split(targets_P, chunk))
+    ]
+    return torch.cat(parts)
+
+
+def _others_of_best(states_PKD: Tensor, items_ND: Tensor, targets_P: Tensor) -> Tensor:
+    best_PN = (states_PKD @ items_ND.T).amax(dim=1).float()
+    return best_PN.scatter(1, targets_P.unsqueeze(1), -torch.inf).logsumexp(dim=1)
 
 
 def sampled_softmax(

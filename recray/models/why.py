@@ -61,7 +61,7 @@ class Reasons:
     ) -> Reasons:
         """Reasons in their order, the weights of equal rows added up."""
         found, at = np.unique(np.asarray(rows, np.int64), return_inverse=True)
-        summed = np.bincount(at, np.asarray(weights, np.float64), len(found))
+        summed = np.bincount(at, np.asarray(weights, np.float64), len(found)).astype(np.float64)
         order = np.lexsort((found, -summed))
         return Reasons(float(score), float(base), kind, found[order], summed[order], additive)
 

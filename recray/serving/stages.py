@@ -98,7 +98,8 @@ class RetrieverStage:
         return _grouped(asks, lambda ask: (ask.want, repr(ask.filter)), answer)
 
     def _similar_batch(self, asks: Sequence[SimilarAsk]) -> list[Found]:
-        ranked = [self._bundle.recommender.similar(ask.row, ask.k) for ask in asks]
+        allowed = self._bundle.filters.mask(self._bundle.wanted(None))
+        ranked = [self._bundle.recommender.similar(ask.row, ask.k, allowed) for ask in asks]
         return [line for found in ranked for line in _lines(found.rows, found.scores)]
 
 

@@ -18,13 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors.torch import load_file
+
 import recray
 from recray import config, progress
 from recray.errors import ConfigError, InputError
 from recray.manifest import Artefact, digest, write_artefact
 from recray.models import build_model, model_class
-from recray.models.base import Catalogue, Model
-from recray.models.saved import WEIGHTS, catalogue_report, save_model
+from recray.models.base import Catalogue, Model, Ranker, Retriever
+from recray.models.saved import WEIGHTS, catalogue_report, load_state, save_model
 from recray.recipes import Recipe, Train
 from recray.storage import Place, check_writable, place, write_file
 from recray.training.checkpoint import (
@@ -39,6 +41,7 @@ from recray.training.checkpoint import (
 from recray.training.following import Log
 from recray.training.loop import epoch_words, fit, pick_device
 from recray.training.metrics import tracked, wanted
+from recray.training.two_stages import choose_share, first_stage, mine
 from recray.training.work import check_room, set_beside
 
 if TYPE_CHECKING:
@@ -53,13 +56,15 @@ def train(
     *,
     workers: int | tuple[int, int] = 0,
     gpu: bool = False,
+    retriever: Artefact | None = None,
     out: str | os.PathLike[str] | Place,
 ) -> Artefact:
     """Train the recipe's model and leave a checkpoint at `out`.
 
     `workers=0` trains in this process; more are Ray Train workers that share each batch, and a range
     (least, most) follows the nodes of the cluster. `gpu` asks for one device a worker. Of the models that
-    are fitted in closed form only those that share the work among ranks use workers.
+    are fitted in closed form only those that share the work among ranks use workers. `retriever` is the
+    checkpoint behind whose candidates a ranker is to stand; it is then trained on them, in this process.
 
     Raises ConfigError for a bad recipe, InputError for a place or dataset that cannot be used,
     TrainingError for a loss that is not finite (the run's last good state is kept).
@@ -70,17 +75,16 @@ def train(
     check_workers(workers)
     started = time.perf_counter()
     kind, catalogue = model_class(recipe.model), Catalogue.of(dataset)
+    first = None if retriever is None else first_stage(retriever, dataset, kind, alone=not workers)
     if not kind.gradient and not (workers and kind.shares_fit):
         if workers:
             progress.say(f"{recipe.model} is fitted in one process, without workers")
-        model = build_model(recipe.model, catalogue, recipe.options, seed=recipe.train.seed)
-        model.see(dataset)
-        measured = dict(model.fit(dataset, seed=recipe.train.seed))
-        return _leave(target, dataset, recipe, model.eval(), {"fit": measured}, started)
+        model, measured = _fit_here(dataset, recipe, catalogue)
+        return _leave(target, dataset, recipe, model, {"fit": measured}, started)
     if not workers:  # a worker asks for itself, where it runs
         check_room(recipe, catalogue, pick_device(recipe.train.device))
     with (
-        _run_folder(target, dataset, recipe, bool(workers)) as run,
+        _run_folder(target, dataset, recipe, bool(workers), retriever) as run,
         tracked(recipe, target, run.folder) as log,
     ):
         if workers:
@@ -103,14 +107,16 @@ def train(
                 return made
             position, best = open_state(finished.newest).position, finished.best
         else:
-            position, best = _train_here(dataset, recipe, run, log)
+            position, best = _train_here(dataset, recipe, run, log, first)
         seconds = time.perf_counter() - started
         report = _report(position)
         if seconds > _WORTH_S:
             ranks = workers if isinstance(workers, int) else workers[0]
             report["plan"] = set_beside(recipe, dataset, position, ranks=max(1, ranks))
         progress.say(f"trained {recipe.name} in {seconds:.1f} s{_kept(position)}")
-        made = _leave(target, dataset, recipe, best, report, started)
+        if first is not None:
+            best, report["two_stages"] = _together(best, run.folder, dataset, recipe, first)
+        made = _leave(target, dataset, recipe, best, report, started, retriever)
         run.remove()
     return made
 
@@ -120,12 +126,14 @@ def resolve(recipe: Recipe, *, gpu: bool = False) -> Recipe:
     options = config.build(model_class(recipe.model).Config, recipe.options, where="options")
     check(recipe.train)
     settings = dataclasses.replace(recipe.train, device="cuda") if gpu else recipe.train
+    if getattr(options, "loss", "") == "labels":  # lists of what was taken say nothing of labels
+        settings = dataclasses.replace(settings, valid_users=0)
     return dataclasses.replace(recipe, options=config.as_dict(options), train=settings)
 
 
 def check(train: Train) -> None:
     """Raise ConfigError for a number that cannot be trained with."""
-    least = {"epochs": 1, "batch_size": 1, "accumulate": 1}
+    least = {"epochs": 1, "batch_size": 1, "accumulate": 1, "candidates": 1}
     least |= dict.fromkeys(("warmup_steps", "patience", "threads", "seed", "valid_users", "save_steps"), 0)
     least |= dict.fromkeys(("clip_norm", "weight_decay", "table_lr", "adversarial", "adversarial_weight"), 0)
     for name, bound in least.items():
@@ -145,7 +153,17 @@ def check_workers(workers: int | tuple[int, int]) -> None:
         raise ConfigError(f"workers is {workers}", fix="a range is (least, most), of 1 or more")
 
 
-def _train_here(dataset: Dataset, recipe: Recipe, run: RunFolder, log: Log) -> tuple[Position, Path]:
+def _fit_here(dataset: Dataset, recipe: Recipe, catalogue: Catalogue) -> tuple[Model, dict[str, float]]:
+    """Fit a model in closed form; gives it, and what it measured."""
+    model = build_model(recipe.model, catalogue, recipe.options, seed=recipe.train.seed)
+    model.see(dataset)
+    measured = dict(model.fit(dataset, seed=recipe.train.seed))
+    return model.eval(), measured
+
+
+def _train_here(
+    dataset: Dataset, recipe: Recipe, run: RunFolder, log: Log, first: Retriever | None = None
+) -> tuple[Position, Path]:
     """Train in this process; gives where it ended, and the folder of the best state."""
 
     def keep(epoch: EpochReport | None, state: State) -> None:
@@ -163,10 +181,25 @@ def _train_here(dataset: Dataset, recipe: Recipe, run: RunFolder, log: Log) -> t
     catalogue, seed = Catalogue.of(dataset), recipe.train.seed
     model = build_model(recipe.model, catalogue, recipe.options, seed=seed, allocate=False)
     model.see(dataset)
+    if first is not None:
+        assert isinstance(model, Ranker)
+        model.mined = mine(first, dataset, recipe.train.candidates, run.folder)
     position = fit(
         model, dataset, recipe.train, report=keep, resume=resume, identity=run.identity, bars=True
     ).position
     return position, best_state(run.folder, position)
+
+
+def _together(
+    best: Path, folder: Path, dataset: Dataset, recipe: Recipe, first: Retriever
+) -> tuple[Path, dict[str, Any]]:
+    """(the file of the trained ranker, what it and its retriever are together: see `choose_share`)."""
+    weights = folder / WEIGHTS
+    assemble_model(best, weights)
+    ranker = build_model(recipe.model, Catalogue.of(dataset), recipe.options)
+    assert isinstance(ranker, Ranker)
+    load_state(ranker, load_file(weights), where=weights)
+    return weights, choose_share(first, ranker, dataset, recipe.train.candidates, recipe.train)
 
 
 def _kept(position: Position) -> str:
@@ -193,6 +226,7 @@ def _leave(
     made: Model | Path,
     report: dict[str, Any],
     started: float,
+    retriever: Artefact | None = None,
 ) -> Artefact:
     """Write the checkpoint artefact: of a model, of the file of one, or of a state's folder."""
 
@@ -210,7 +244,7 @@ def _leave(
         target,
         "checkpoint",
         fill,
-        parents={"dataset": dataset.artefact},
+        parents={"dataset": dataset.artefact, **({"retriever": retriever} if retriever else {})},
         recipe=config.as_dict(recipe),
         report={"catalogue": catalogue, "seconds": seconds, **report},
     )
@@ -240,7 +274,9 @@ class RunFolder:
 
 
 @contextlib.contextmanager
-def _run_folder(target: Place, dataset: Dataset, recipe: Recipe, on_ray: bool) -> Iterator[RunFolder]:
+def _run_folder(
+    target: Place, dataset: Dataset, recipe: Recipe, on_ray: bool, retriever: Artefact | None
+) -> Iterator[RunFolder]:
     """The folder of this very run, locked; what another recipe or dataset left there is removed.
 
     Raises InputError when another process is training into the same place.
@@ -250,6 +286,7 @@ def _run_folder(target: Place, dataset: Dataset, recipe: Recipe, on_ray: bool) -
     identity = {
         "recipe": digest(config.as_dict(recipe)),
         "dataset": dataset.artefact.hash,
+        "retriever": retriever.hash if retriever else "",
         "version": recray.__version__,
         "engine": "ray" if on_ray else "process",
     }

@@ -20,6 +20,7 @@ from recray.models import MODELS, build_model, model_class
 from recray.models.base import Catalogue, Model, Ranker, Retriever
 from recray.models.embeddings import Table
 from recray.models.saved import catalogue_of, catalogue_report, load_model, options_of, save_model
+from recray.models.why import why, without_each
 from recray.recipes import RECIPES, recipe
 
 torch.set_num_threads(1)
@@ -138,6 +139,43 @@ def test_tables_hold_what_grows_with_the_catalogue(name: str) -> None:
     for key, tensor in larger.state_dict().items():
         if key.startswith("network."):
             assert tensor.shape == model.state_dict()[key].shape
+
+
+def score_of(model: Model, asked: Histories, row: int) -> list[float]:
+    """The item's score for each history."""
+    if isinstance(model, Ranker):
+        return model.score(asked, np.full((len(asked), 1), row))[:, 0].tolist()
+    assert isinstance(model, Retriever)
+    return model.score(asked)[:, row].tolist()
+
+
+@every
+def test_it_says_why(name: str) -> None:
+    model = trained(name)
+    for asked in (ASKED.take([0]), ASKED.take([4]), ASKED.take([1])):
+        told = why(model, asked, 7)  # type: ignore[arg-type]
+        (score,) = score_of(model, asked, 7)
+        assert told.score == pytest.approx(score, abs=1e-5)
+        assert np.isfinite(told.weights).all()
+        if told.additive:
+            assert told.base + told.weights.sum() == pytest.approx(score, abs=1e-5)
+        if told.kind == "history":
+            assert set(told.rows) <= set(asked.items[asked.items >= 0])
+
+
+@every
+def test_without_its_first_reason_a_score_falls_more_than_without_another(name: str) -> None:
+    model, draw, better, asked = trained(name), np.random.default_rng(0), 0, 0
+    for u in range(DATA.n_users):
+        history, row = DATA.histories().take([u]).last(6), int(draw.integers(DATA.n_items))
+        told = why(model, history, row)  # type: ignore[arg-type]
+        if told.kind != "history" or len(np.unique(told.weights.round(6))) < 3:
+            continue  # nothing to choose between
+        others = told.rows[[0, draw.integers(1, len(told.rows))]]
+        first, other = score_of(model, without_each(history, others), row)
+        asked += 1
+        better += first <= other
+    assert better >= 0.7 * asked
 
 
 @every

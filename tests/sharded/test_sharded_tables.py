@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
@@ -30,14 +31,22 @@ N_ITEMS, STEPS, LR = 101, 100, 0.002
 DENSE_LR = 0.1  # plain descent: Adam makes whole steps of the rounding noise where a gradient is zero
 SASREC = {"dim": 8, "blocks": 1, "heads": 1, "max_len": 6, "dropout": 0.0}
 SAMPLED = {**SASREC, "loss": "sampled", "negatives": 20}
+SEQUENCES = {"dim": 8, "max_len": 6, "dropout": 0.0}
+DRAWN = {**SEQUENCES, "loss": "sampled", "negatives": 20, "sampling": "in-batch", "uniform_share": 0.3}
 NEUMF = {"dim": 8, "hidden": (8, 4), "max_len": 6, "dropout": 0.0, "negatives": 16}
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "sasrec, full softmax": ("sasrec", SASREC, "adam"),
     "sasrec, popularity": ("sasrec", {**SAMPLED, "sampling": "popularity"}, "adagrad"),
     "sasrec, uniform": ("sasrec", {**SAMPLED, "sampling": "uniform"}, "adam"),
     "sasrec, in batch": ("sasrec", {**SAMPLED, "sampling": "in-batch"}, "sgd"),
+    "gru4rec, full softmax": ("gru4rec", {**SEQUENCES, "units": 8}, "adam"),
+    "caser, mixed": ("caser", {**DRAWN, "window": 3, "filters": 4, "units": 8}, "adagrad"),
+    "mind, full softmax": ("mind", SEQUENCES, "sgd"),
+    "two-tower, mixed": ("two-tower", {**DRAWN, "units": 8}, "adam"),
     "neumf, sampled": ("neumf", NEUMF, "adagrad"),
     "neumf, bpr": ("neumf", {**NEUMF, "loss": "bpr"}, "adam"),
+    "dlrm, sampled": ("dlrm", NEUMF, "adam"),
+    "dcn, bce": ("dcn", {**NEUMF, "loss": "bce", "rank": 2}, "adagrad"),
 }
 
 
@@ -45,7 +54,12 @@ pytestmark = pytest.mark.timeout(900)  # 1,200 steps of tiny messages: quick unl
 
 
 class Data:
-    """Histories alone: what batches are made of."""
+    """Histories, and what is known of items: what batches and models are made of."""
+
+    n_items = N_ITEMS
+    item_features = pa.table(
+        {"kind": [f"kind {i % 7}" for i in range(N_ITEMS)], "price": [i**0.5 for i in range(N_ITEMS)]}
+    )
 
     def histories(self, split: str = "train") -> Histories:
         made = np.random.default_rng(3)
@@ -60,7 +74,9 @@ class Data:
 
 def fresh(case: str) -> Model:
     name, options, _ = CASES[case]
-    return build_model(name, Catalogue(N_ITEMS, {}), options, seed=1)
+    model = build_model(name, Catalogue(N_ITEMS, {}, {"kind": 8}, 1), options, seed=1)
+    model.see(Data())  # type: ignore[arg-type]
+    return model
 
 
 def batches(model: Model, rank: int, world: int) -> Iterator[Any]:

@@ -119,7 +119,7 @@ def test_an_artefact_prints_its_path_and_nothing_else(
     assert out == f"{artefact.place}\n"
     assert "a library talks" in err
     named = {"recipe": "ials", "workers": 2, "gpu": False, "set": ["train.lr=1", "a=b"], "out": None}
-    assert calls == [(("data",), named)]
+    assert calls == [(("data",), {**named, "retriever": None})]
 
 
 @pytest.mark.parametrize(("given", "meant"), [("0", 0), ("3", 3), ("2-4", (2, 4)), ("2-2", 2)])

@@ -26,6 +26,7 @@ from recray.evaluation import (
     model_top_k,
     ranker_top_k,
     sampled_top_k,
+    with_ratings,
 )
 from recray.models.base import Catalogue, Context, ModelConfig, Ranker, Retriever
 
@@ -207,3 +208,30 @@ def test_ratings() -> None:
     assert report.user_rows.tolist() == [0, 0, 2]
     with pytest.raises(InputError, match="no rating"):
         evaluate_ratings(lambda part: np.zeros(1), cases_of([[]], [[1]]))
+
+
+class Rates(Fixed):
+    """Predicts one rating for all, if it predicts at all."""
+
+    predicts = True
+
+    def predict(self, histories: Histories, items: Histories) -> NDArray[np.float64]:
+        assert len(histories) == len(items)
+        return np.full(len(items.items), 3.0)
+
+
+def test_models_that_predict_ratings_are_measured_by_them_too() -> None:
+    weights = np.array([5, 3, 1], dtype=np.float32)
+    targets = Histories(np.array([1, 2, 0], dtype=np.int32), np.array([0, 2, 2, 3]), weights)
+    cases = Cases(np.arange(3, dtype=np.int32), Histories.of([[], [], []]), targets, {})
+    model = Rates([1.0, 2.0, 3.0])
+    report = evaluate(model_top_k(model), cases, ks=(2,))
+    both = with_ratings(report, model, cases)
+    assert both.whole == pytest.approx({"rmse": math.sqrt(8 / 3), "mae": 4 / 3})
+    assert both.values is report.values
+    assert any(line.split() == ["rmse", "1.6330"] for line in both.table().splitlines())
+    same = dataclasses.replace(cases, targets=dataclasses.replace(targets, weights=np.ones(3, np.float32)))
+    assert with_ratings(report, model, same) is report  # weights that say nothing are no ratings
+    assert with_ratings(report, Fixed([1.0] * 3), cases) is report
+    model.predicts = False
+    assert with_ratings(report, model, cases) is report

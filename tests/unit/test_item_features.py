@@ -22,7 +22,7 @@ from recray.models.saved import catalogue_of, catalogue_report
 
 def test_of_no_table_there_is_nothing() -> None:
     found = features_of(None, 3)
-    assert not (found.names or found.sizes or found.number_names or found.values)
+    assert (found.names, found.sizes, found.number_names, found.values) == ((), (), (), ())
     assert found.categories.shape == found.numbers.shape == (3, 0)
     assert found.categories.dtype == np.int32
     assert found.numbers.dtype == np.float32

@@ -1,0 +1,220 @@
+"""Matrix factorization by Bayesian personalized ranking (Rendle et al. 2009, arXiv 1205.2618).
+
+With S the set of observed pairs, w_u a user's and h_i an item's vector, b_i its bias, j an item that u
+has not taken, x_uij = <w_u, h_i - h_j> + b_i - b_j, r = `reg`:
+
+    L = sum_{(u,i) in S} E_j[ -ln sigmoid(x_uij) ] + r/2 (|w_u|^2 + |h_i|^2 + |h_j|^2 + b_i^2 + b_j^2)
+
+Training draws j and steps on a batch of triples, by AdaGrad with one number a row. Of `draws` items j the
+one with the highest score is taken, which is the best sampler where items are many (Zhang et al. 2013).
+
+Users are vectors while they are trained and are then forgotten: whoever asks is her history S_u, folded
+in against the frozen items, so that known and new users are treated alike. The expectation is then over
+`anchors` fixed rows j. Since the curvature of -ln sigmoid is at most 1/4, each step minimizes a quadratic
+function that lies above the loss and touches it (Boehning & Lindsay 1988):
+
+    A_u = 1/4 (sum_{i in S_u} (h_i - m)(h_i - m)^T + |S_u| C) + r |S_u| I      m, C: mean, covariance of h_j
+    w_u = w_u - A_u^-1 grad_u
+
+The first step from w = 0 is the minimizer of the second-order expansion, a ridge regression. With several
+`draws` the anchors weigh as often as each would be the hardest of so many, at the scores of the step.
+
+Shapes: U users, N items, D dims, B users asked or triples, n items of a history, J anchors, X draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from recray.data.batches import generator
+from recray.data.sequences import Histories
+from recray.errors import ConfigError
+from recray.models.base import Catalogue, ModelConfig, Retriever
+from recray.models.embeddings import DenseTable
+from recray.models.ials_solve import groups
+
+if TYPE_CHECKING:
+    from recray.data.dataset import Dataset
+
+_PAIRS = 1 << 22  # pairs of a history's item and an anchor in memory at a time
+
+
+class BPR(Retriever):
+    """Matrix factorization that learns an order and not a value."""
+
+    name = "bpr"
+    gradient = False
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(ModelConfig):
+        dim: int = 64
+        epochs: int = 60
+        batch: int = 2048  # triples a step
+        lr: float = 0.1
+        reg: float = 0.01
+        draws: int = 1  # items that the negative is the hardest of
+        std: float = 0.1  # of the first vectors, divided by sqrt(dim)
+        anchors: int = 1024  # negatives of the fold-in
+        steps: int = 8  # of the fold-in
+
+    config: BPR.Config
+    anchors: Tensor  # int64[J]
+
+    def __init__(self, catalogue: Catalogue, config: BPR.Config) -> None:
+        super().__init__(catalogue, config)
+        for name in ("dim", "epochs", "batch", "draws", "anchors", "steps"):
+            if getattr(config, name) < 1:
+                raise ConfigError(f"options.{name} is {getattr(config, name)}", fix="it must be 1 or more")
+        if not (config.reg > 0 and config.lr > 0):
+            raise ConfigError("lr and reg must be above 0", where="options")
+        # the last dimension is the bias
+        self.tables["item"] = DenseTable(catalogue.n_items, config.dim + 1, std=config.std * config.dim**-0.5)
+        self.register_buffer(
+            "anchors", torch.zeros(min(config.anchors, catalogue.n_items), dtype=torch.int64)
+        )
+
+    # -- training --------------------------------------------------------------------------------
+    def fit(self, data: Dataset, *, seed: int = 0) -> Mapping[str, float]:
+        """Learn users and items, and keep the items."""
+        c, rng = self.config, generator(seed, 11)
+        pairs = Pairs(data.histories("train"), self.n_items)
+        users = Rows(rng.standard_normal((data.n_users, c.dim + 1), np.float32) * (c.std * c.dim**-0.5), c)
+        users.values[:, -1] = 1  # what an item's bias is multiplied with
+        items = Rows(rng.standard_normal((self.n_items, c.dim + 1), np.float32) * (c.std * c.dim**-0.5), c)
+        items.values[:, -1] = 0
+        loss = 0.0
+        for _ in range(c.epochs):
+            loss = 0.0
+            for some in np.array_split(rng.permutation(len(pairs)), len(pairs) // c.batch + 1):
+                loss += step(users, items, pairs, some, c.draws, rng)
+        self.tables["item"].weight.data.copy_(torch.from_numpy(items.values))  # type: ignore[operator]
+        self.anchors.copy_(torch.from_numpy(np.sort(rng.permutation(self.n_items)[: len(self.anchors)])))
+        return {"pairs": len(pairs), "loss": loss / max(len(pairs), 1)}
+
+    # -- answering -------------------------------------------------------------------------------
+    @torch.inference_mode()
+    def encode(self, histories: Histories) -> Tensor:
+        """Fold raw histories in, float32[B, 1, D + 1]; an empty one gets the items' biases for scores."""
+        pairs = histories.known().to_csr(self.n_items)
+        made = torch.zeros(len(histories), self.config.dim + 1)
+        made[:, -1] = 1
+        for users, at, real in groups(pairs.indptr, self.config.dim):
+            rows_Bn = torch.from_numpy(np.where(real, pairs.indices[at], -1).astype(np.int64))
+            size = max(1, _PAIRS // (rows_Bn.shape[1] * len(self.anchors)))
+            parts = [self._folded(rows.to(self.device)) for rows in torch.split(rows_Bn, size)]
+            made[torch.from_numpy(users), :-1] = torch.cat(parts).cpu()
+        return made.unsqueeze(1).to(self.device)
+
+    def _folded(self, rows_Bn: Tensor) -> Tensor:
+        """w [B, D] of histories of near length, padded with -1."""
+        table, real_Bn = self.tables["item"], (rows_Bn >= 0).float()
+        h_BnD, b_Bn = _split(table(rows_Bn))
+        h_JD, b_J = _split(table(self.anchors))
+        taken_BJ = self._taken(rows_Bn)
+        n_B11 = real_Bn.sum(1).view(-1, 1, 1)
+        away_BnD, away_JD = (h_BnD - h_JD.mean(0)) * real_Bn.unsqueeze(2), h_JD - h_JD.mean(0)
+        ridge_DD = self.config.reg * torch.eye(h_JD.shape[1], device=h_JD.device)
+        shared_DD = away_JD.T @ away_JD / (4 * len(h_JD)) + ridge_DD
+        system = away_BnD.transpose(1, 2) @ away_BnD / 4 + n_B11 * shared_DD
+        factor = torch.linalg.cholesky_ex(system).L
+        w_BD = torch.zeros_like(h_BnD[:, 0])
+        for _ in range(self.config.steps):
+            s_Bn = (h_BnD @ w_BD.unsqueeze(2)).squeeze(2) + b_Bn
+            s_BJ = w_BD @ h_JD.T + b_J
+            drawn_BJ = self.chances(s_BJ.masked_fill(taken_BJ, -torch.inf)) * ~taken_BJ
+            wrong_BnJ = torch.sigmoid(s_BJ.unsqueeze(1) - s_Bn.unsqueeze(2)) * real_Bn.unsqueeze(2)
+            wrong_BnJ = wrong_BnJ * drawn_BJ.unsqueeze(1)
+            up_BD = (wrong_BnJ.sum(2).unsqueeze(1) @ h_BnD).squeeze(1) - wrong_BnJ.sum(1) @ h_JD
+            up_BD -= self.config.reg * n_B11.squeeze(2) * w_BD
+            w_BD = w_BD + torch.cholesky_solve(up_BD.unsqueeze(2), factor).squeeze(2)
+        return w_BD
+
+    def _taken(self, rows_Bn: Tensor) -> Tensor:
+        """Which anchors a history holds, bool[B, J]: they are no negatives of it."""
+        at_Bn = torch.searchsorted(self.anchors, rows_Bn.clamp(min=0)).clamp(max=len(self.anchors) - 1)
+        hit_Bn = self.anchors[at_Bn] == rows_Bn
+        taken_BJ = torch.zeros(len(rows_Bn), len(self.anchors), device=rows_Bn.device)
+        return taken_BJ.scatter_add(1, at_Bn, hit_Bn.float()) > 0
+
+    def chances(self, s_BJ: Tensor) -> Tensor:
+        """How likely each anchor is the one of the highest score among `draws` of them, [B, J]."""
+        if self.config.draws == 1:
+            return torch.full_like(s_BJ, 1 / s_BJ.shape[1])
+        rank_BJ = s_BJ.argsort(dim=1).argsort(dim=1) / s_BJ.shape[1]
+        return (rank_BJ + 1 / s_BJ.shape[1]) ** self.config.draws - rank_BJ**self.config.draws
+
+
+def _split(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(vectors, biases) of rows [..., D + 1]"""
+    return rows[..., :-1], rows[..., -1]
+
+
+class Pairs:
+    """The distinct pairs of a log: users int64[n], items int64[n], and which ones there are."""
+
+    def __init__(self, histories: Histories, n_items: int) -> None:
+        held = histories.known().to_csr(n_items)
+        held.sort_indices()
+        self.n_items = n_items
+        self.users = np.repeat(np.arange(held.shape[0]), np.diff(held.indptr))
+        self.items = held.indices.astype(np.int64)
+        self.keys = self.users * n_items + self.items  # ascending
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def taken(self, users: NDArray[np.int64], items: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether these are pairs of the log; users and items of one shape."""
+        wanted = users * self.n_items + items
+        at = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
+        found: NDArray[np.bool_] = self.keys[at] == wanted
+        return found
+
+
+class Rows:
+    """Vectors float32[n, D + 1] that are stepped on by AdaGrad, with one number of state a row."""
+
+    def __init__(self, values: NDArray[np.float32], c: BPR.Config) -> None:
+        self.values, self.c = values, c
+        self.squares = np.zeros(len(values), np.float32)
+
+    def step(self, rows: NDArray[np.int64], grad: NDArray[np.float32]) -> None:
+        """Distinct rows [m], their summed gradients [m, D + 1]."""
+        self.squares[rows] += (grad * grad).mean(1)
+        self.values[rows] -= self.c.lr * grad / (np.sqrt(self.squares[rows]) + 1e-8)[:, None]
+
+
+def step(
+    users: Rows, items: Rows, pairs: Pairs, some: NDArray[np.int64], draws: int, rng: np.random.Generator
+) -> float:
+    """Draw a negative for some pairs and step on their vectors; the summed loss before it."""
+    from scipy import sparse
+
+    u_B, i_B = pairs.users[some], pairs.items[some]
+    j_BX = rng.integers(pairs.n_items, size=(len(some), draws))
+    w_BD, h_BD = users.values[u_B], items.values[i_B]
+    s_BX = np.einsum("bd,bxd->bx", w_BD, items.values[j_BX])
+    s_BX[pairs.taken(u_B[:, None], j_BX)] = -np.inf
+    hardest = s_BX.argmax(1)
+    j_B, s_B = j_BX[np.arange(len(some)), hardest], s_BX.max(1)
+    x_B = np.einsum("bd,bd->b", w_BD, h_BD) - s_B  # infinite, and without a slope, where all were taken
+    wrong_B = (1 / (1 + np.exp(np.minimum(x_B, 80)))).astype(np.float32)
+    # slopes of the loss by the scores, as a matrix of users and items: its products are the gradients
+    distinct_u, at_u = np.unique(u_B, return_inverse=True)
+    distinct_i, at_i = np.unique(np.concatenate([i_B, j_B]), return_inverse=True)
+    shape = (len(distinct_u), len(distinct_i))
+    slopes = sparse.csr_matrix((np.concatenate([-wrong_B, wrong_B]), (np.tile(at_u, 2), at_i)), shape)
+    w, h = users.values[distinct_u], items.values[distinct_i]
+    grad_u = slopes @ h + users.c.reg * np.bincount(at_u)[:, None].astype(np.float32) * w
+    grad_i = slopes.T.tocsr() @ w + items.c.reg * np.bincount(at_i)[:, None].astype(np.float32) * h
+    grad_u[:, -1] = 0
+    users.step(distinct_u, grad_u)
+    items.step(distinct_i, grad_i)
+    return float(np.logaddexp(0, -x_B[np.isfinite(x_B)]).sum())

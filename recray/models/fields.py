@@ -1,0 +1,134 @@
+"""A history as vectors that can be crossed with a candidate's: pooled by age, and by attention.
+
+With x_l the history's vectors, newest first, and q the candidate's:
+
+    pooled[g] = p_0[g] + sum_l exp(a[g, l]) x_l[g] / (sum_l exp(a[g, l]))^(1/2)     learned forgetting
+    attended  = sum_l w_l x_l,  w_l = exp(s_l) / (1 + sum_m exp(s_m)),  s_l = <W_q q, W_k x_l> / sqrt(d) + b_l
+
+`attended` is target attention as in DIN (Zhou et al. 2018, arXiv 1706.06978): where nothing of the history
+has to do with the candidate it is near 0, and not a mean. b_l is learned by age; d dims a head.
+
+Shapes: B users, L history items, C candidates, D dims, G groups of them, H heads, T positions of a
+sequence, X context columns, I vectors of an item, U of a user, R of a candidate.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from recray.models.features import FeatureRanker
+
+FORGET = (0.0, 0.03, 0.1, 0.5)  # first rates of the groups: from all of the history to the newest few
+GROUPS = len(FORGET)
+
+
+class Pool(nn.Module):
+    """Weighted sum of a history, by the age of its interactions, in G groups of dimensions."""
+
+    def __init__(self, dim: int, max_len: int) -> None:
+        super().__init__()
+        self.max_len = max_len
+        fading = -np.outer(FORGET, np.arange(max_len)).astype(np.float32)
+        self.log_weights = nn.Parameter(torch.from_numpy(fading))  # [G, max_len]
+        self.empty = nn.Parameter(torch.ones(dim))  # so that an item's bias is learned fast
+
+    def forward(self, x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        """x newest first, mask 1.0 where real -> [B, D]."""
+        b, length, dim = x_BLD.shape
+        ages = torch.arange(length, device=x_BLD.device)
+        weights_LG = nn.functional.embedding(ages, self.log_weights.T).exp()
+        weights_BLG = mask_BL.unsqueeze(2) * weights_LG
+        total_BG = weights_BLG.sum(dim=1).clamp(min=1e-6)
+        x_BLGd = x_BLD.reshape(b, length, GROUPS, dim // GROUPS)
+        summed_BGd = (x_BLGd * weights_BLG.unsqueeze(3)).sum(dim=1)
+        return self.empty + (summed_BGd / total_BG.sqrt().unsqueeze(2)).reshape(b, dim)
+
+    def prefixes(self, x_BTD: Tensor) -> Tensor:
+        """What `forward` gives for every prefix x[:, : t + 1] (oldest first), [B, T, D]."""
+        b, length, dim = x_BTD.shape
+        steps = torch.arange(length, device=x_BTD.device)
+        age_TT = steps.unsqueeze(1) - steps.unsqueeze(0)
+        weights_GTT = self.log_weights.exp()[:, age_TT.clamp(min=0)] * (age_TT >= 0)
+        x_BGTd = x_BTD.reshape(b, length, GROUPS, dim // GROUPS).transpose(1, 2)
+        summed_BGTd = weights_GTT @ x_BGTd / weights_GTT.sum(dim=2, keepdim=True).sqrt()
+        return self.empty + summed_BGTd.transpose(1, 2).reshape(b, length, dim)
+
+
+class Attention(nn.Module):
+    """Weighted sums of a history, by what each candidate has to do with it."""
+
+    def __init__(self, dim: int, heads: int, max_len: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query, self.key = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.ages = nn.Parameter(torch.zeros(max_len, heads))
+
+    def forward(self, query_BCD: Tensor, x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        """x newest first, mask 1.0 where real -> [B, C, D], head by head."""
+        b, c, dim = query_BCD.shape
+        length, part = x_BLD.shape[1], dim // self.heads
+        q_BHCd = self.query(query_BCD).reshape(b, c, self.heads, part).transpose(1, 2)
+        k_BHLd = self.key(x_BLD).reshape(b, length, self.heads, part).transpose(1, 2)
+        x_BHLd = x_BLD.reshape(b, length, self.heads, part).transpose(1, 2)
+        ages_HL = nn.functional.embedding(torch.arange(length, device=x_BLD.device), self.ages).T
+        logits = q_BHCd @ k_BHLd.transpose(2, 3) * part**-0.5 + ages_HL.unsqueeze(1)
+        logits = logits + (mask_BL[:, None, None] - 1.0) * 1e9
+        top = logits.amax(dim=3, keepdim=True).clamp(min=0.0)  # 0 is the logit of "nothing"
+        weights = (logits - top).exp()
+        weights = weights / (weights.sum(dim=3, keepdim=True) + (-top).exp())
+        attended: Tensor = (weights @ x_BHLd).transpose(1, 2).reshape(b, c, dim)
+        return attended
+
+
+class Fields(nn.Module):
+    """The vectors that are crossed: the user's, and each candidate's."""
+
+    def __init__(self, c: FeatureRanker.Config, numbers: int) -> None:
+        super().__init__()
+        self.pool, self.drop = Pool(c.dim, c.max_len), nn.Dropout(c.dropout)
+        self.attention = Attention(c.dim, c.heads, c.max_len) if c.history == "attention" else None
+        self.bottom = None
+        if numbers:
+            self.bottom = nn.Sequential(nn.Linear(numbers, c.dim), *layers((c.dim, c.dim), 0.0))
+
+    def forward(
+        self,
+        history_BLD: Tensor,
+        mask_BL: Tensor,
+        context_BXD: Tensor,
+        items_BCID: Tensor,
+        numbers_BCG: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """([B, U, D] contexts and the pooled history, [B, C, R, D] items, attended history, numbers)."""
+        history_BLD = history_BLD * self.drop(mask_BL.unsqueeze(2))  # whole items of it
+        rest = [items_BCID]
+        if self.attention is not None:
+            rest.append(self.attention(items_BCID.sum(dim=2), history_BLD, mask_BL).unsqueeze(2))
+        if self.bottom is not None:
+            rest.append(self.bottom(numbers_BCG).unsqueeze(2))
+        pooled_B1D = self.pool(history_BLD, mask_BL).unsqueeze(1)
+        return torch.cat([context_BXD, pooled_B1D], dim=1), torch.cat(rest, dim=2)
+
+
+class Drop(nn.Module):
+    """Dropout of [B, C, ...] that is alike for all candidates of a user: drawn once for them."""
+
+    def __init__(self, share: float) -> None:
+        super().__init__()
+        self.share = share
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or not self.share:
+            return x
+        return x * nn.functional.dropout(x.new_ones(x.shape[0], 1, *x.shape[2:]), self.share)
+
+
+def layers(sizes: tuple[int, ...], dropout: float) -> list[nn.Module]:
+    """ReLU, dropout and a linear layer from each size to the next: what follows a first linear layer."""
+    return [part for a, b in pairwise(sizes) for part in (nn.ReLU(), Drop(dropout), nn.Linear(a, b))]

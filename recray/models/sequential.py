@@ -1,0 +1,164 @@
+"""What the models of a next item share: shifted sequences in, a state a position, a softmax over items.
+
+    L = - sum_{u, t} log softmax_i(<s_ut, v_i>)[item_{u, t + 1}]        s_ut: the state after t items
+
+Every position of a history is an example, so an encoder is run once a history and not once an example
+(Hidasi et al. 2016; Kang & McAuley 2018). The softmax is full, or over sampled negatives shared by the
+positions of a step. A model is an `Encoder`, and says what else differs.
+
+Shapes: B users, L positions, D dims, P real positions of a batch, S negatives, N items.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from recray.data import feed
+from recray.data.batches import Negatives, Sampling, SequenceBatch, sequence_batches
+from recray.data.sequences import Histories
+from recray.errors import ConfigError
+from recray.models.base import Catalogue, ModelConfig, Retriever, seeded
+from recray.models.embeddings import DenseTable
+from recray.models.losses import sampled_softmax
+
+if TYPE_CHECKING:
+    from recray.data.dataset import Dataset
+
+
+class Encoder(nn.Module):
+    """Embedded histories -> query vectors: the dense part, exportable with dynamic B and L.
+
+    Sequences are right-padded: padding comes after every real position, so an encoder in which no
+    state sees what comes after it needs no mask.
+    """
+
+    @abstractmethod
+    def states(self, x_BLD: Tensor, lengths_B: Tensor) -> Tensor:
+        """The state after every position, [B, L, ...]; padding positions hold nothing of use."""
+
+    def forward(self, x_BLD: Tensor, lengths_B: Tensor) -> Tensor:
+        """x float32[B, L, D] item vectors oldest first, lengths int64[B] -> queries float32[B, 1, D].
+
+        A user of length 0 gets zeros. L is at least 1 and at most max_len.
+        """
+        states_BLD = self.states(x_BLD, lengths_B)
+        last_B11 = (lengths_B - 1).clamp(min=0).view(-1, 1, 1)
+        query_B1D = states_BLD.gather(1, last_B11.expand(-1, 1, states_BLD.shape[2]))
+        return query_B1D * (lengths_B > 0).to(query_B1D.dtype).view(-1, 1, 1)
+
+
+class Sequential(Retriever):
+    """Base of the models that encode a history by `network`; a subclass sets it after this `__init__`."""
+
+    gradient = True
+    reads_targets: ClassVar[bool] = False  # whether the full softmax reads the targets' vectors too
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config(ModelConfig):
+        dim: int = 64
+        max_len: int = 50
+        dropout: float = 0.2
+        loss: Literal["softmax", "sampled"] = "softmax"
+        sampling: Sampling = "popularity"  # where the negatives of the sampled softmax come from
+        negatives: int = 256  # shared by the positions of a step
+        power: float = 1.0  # of the frequency, where sampling is by popularity
+        uniform_share: float = 0.0  # of the negatives, drawn uniformly instead
+
+    config: Sequential.Config
+    network: Encoder
+
+    def __init__(self, catalogue: Catalogue, config: Sequential.Config) -> None:
+        super().__init__(catalogue, config)
+        if min(config.dim, config.max_len, config.negatives) < 1:
+            raise ConfigError("dim, max_len and negatives must be at least 1", where="options")
+        if not (0 <= config.uniform_share <= 1 and 0 <= config.dropout < 1):
+            raise ConfigError("uniform_share must lie in [0, 1] and dropout in [0, 1)", where="options")
+        self.tables["item"] = DenseTable(catalogue.n_items, config.dim, std=0.02)
+
+    # -- training --------------------------------------------------------------------------------
+    def batches(
+        self, data: Dataset, *, batch_size: int, epoch: int, seed: int, rank: int, world: int, skip: int = 0
+    ) -> Iterator[SequenceBatch]:
+        c = self.config
+        drawn = Negatives(c.negatives, c.sampling, c.power, c.uniform_share)
+        return sequence_batches(
+            feed.histories(data),
+            self.n_items,
+            max_len=c.max_len,
+            batch_size=batch_size,
+            epoch=epoch,
+            seed=seed,
+            rank=rank,
+            world=world,
+            negatives=drawn if c.loss == "sampled" else None,
+            skip=skip,
+        )
+
+    def lookups(self, batch: SequenceBatch) -> dict[str, list[Tensor]]:
+        rows = [torch.from_numpy(batch.inputs)]
+        if self.reads_targets or self.config.loss == "sampled":
+            rows.append(torch.from_numpy(batch.targets[batch.targets >= 0]))
+        if self.config.loss == "sampled":
+            rows.append(torch.from_numpy(batch.negatives))
+        return {"item": rows}
+
+    def loss(self, batch: SequenceBatch) -> Tensor:
+        device = self.device
+        targets_BL = torch.from_numpy(batch.targets).to(device)
+        real = targets_BL >= 0
+        targets_P = targets_BL[real]
+        with seeded(batch.seed):
+            states = self.states(batch)[real]
+        if self.config.loss == "softmax":
+            summed = self.full_softmax(states, targets_P)
+        else:
+            negatives_S = torch.from_numpy(batch.negatives).to(device)
+            log_q_S = torch.from_numpy(batch.log_q).to(device)
+            positive_P, negative_PS = self.scores(states, targets_P, negatives_S)
+            summed = sampled_softmax(positive_P, negative_PS, targets_P, negatives_S, log_q_S)
+        return summed / batch.positions
+
+    # -- what a model may do in its own way ------------------------------------------------------
+    def states(self, batch: SequenceBatch) -> Tensor:
+        """The state at every target of a batch, [B, L, ...]."""
+        x_BLD = self.tables["item"](torch.from_numpy(batch.inputs).to(self.device))
+        return self.network.states(x_BLD, torch.from_numpy(batch.lengths).to(self.device))
+
+    def vectors(self, rows: Tensor) -> Tensor:
+        """float32[..., D]: some rows of `item_vectors()`, for rows int64[...]."""
+        found: Tensor = self.tables["item"](rows)
+        return found
+
+    def scores(self, states: Tensor, targets_P: Tensor, negatives_S: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the states [P, ...]: (scores of the targets float32[P], of the negatives float32[P, S])."""
+        positive_P = (states * self.vectors(targets_P)).sum(-1)
+        return positive_P, states @ self.vectors(negatives_S).T
+
+    def full_softmax(self, states: Tensor, targets_P: Tensor) -> Tensor:
+        """Summed cross-entropy of each state's target against all items."""
+        summed: Tensor = self.tables["item"].full_softmax(states, targets_P)  # type: ignore[operator]
+        return summed
+
+    # -- answering -------------------------------------------------------------------------------
+    def inputs(self, histories: Histories) -> tuple[Tensor, ...]:
+        """What the network eats: item vectors float32[B, L, D] oldest first, and lengths int64[B]."""
+        rows_BL, lengths_B = self.padded(histories)
+        return self.tables["item"](rows_BL), lengths_B
+
+    def padded(self, histories: Histories) -> tuple[Tensor, Tensor]:
+        """The newest `max_len` known items of each, right-padded: (rows int64[B, L], lengths int64[B])."""
+        histories = histories.known()
+        longest = int(histories.lengths.max(initial=0))
+        rows, lengths = histories.padded(max(1, min(longest, self.config.max_len)))
+        return torch.from_numpy(rows).to(self.device), torch.from_numpy(lengths).to(self.device)
+
+    @torch.inference_mode()
+    def encode(self, histories: Histories) -> Tensor:
+        queries: Tensor = self.network(*self.inputs(histories))
+        return queries

@@ -1,0 +1,88 @@
+"""DLRM against the paper's equations, one pair at a time; its graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models_data import ring
+
+from recray.bundles.stage import example_inputs
+from recray.compression.graph import OnnxNetwork, export_onnx, parity
+from recray.data.sequences import Histories
+from recray.errors import ConfigError
+from recray.models import build_model
+from recray.models.base import Catalogue
+from recray.models.dlrm import below
+
+torch.set_num_threads(1)
+
+MIXED = Catalogue(23, {"day": 4, "place": 3}, {"kind": 5, "tags": 4, "tags#2": 4}, 3)
+
+
+def mixed(name: str, **changes: Any) -> Any:
+    made = build_model(name, MIXED, {"dim": 8, "hidden": (12, 6), "max_len": 7, **changes}).eval()
+    draw = np.random.default_rng(0)
+    made.item_rows.copy_(torch.from_numpy(draw.integers(-1, 9, (23, 3))))
+    made.item_numbers.copy_(torch.from_numpy(draw.normal(size=(23, 3))))
+    return made
+
+
+def test_the_score_is_the_top_of_all_dots() -> None:
+    model = mixed("dlrm")
+    net = model.network
+    candidates = np.array([[3, 9]])
+    inputs = model.inputs(Histories.of([[1, 2, 2]]), candidates, {"day": np.int32([2])})
+    scores = model.score(Histories.of([[1, 2, 2]]), candidates, {"day": np.int32([2])})
+    with torch.no_grad():
+        user, rest = net.fields(*inputs)
+        assert (user.shape[1], rest.shape[2]) == model.widths == (3, 5)
+        for c in range(2):
+            u, r = user[0], rest[0, c]
+            assert torch.allclose(r[-1], net.fields.bottom(inputs[4][0, c]))
+            mixed_dots = [r[i] @ u[j] for i in range(5) for j in range(3)]
+            own_dots = [r[i] @ r[j] for i in range(5) for j in range(i)]
+            users_dots = [u[i] @ u[j] for i in range(3) for j in range(i)]
+            hidden = net.from_pair(torch.cat([torch.stack(mixed_dots + own_dots), r[-1]]))
+            hidden = hidden + net.from_user(torch.stack(users_dots))
+            torch.testing.assert_close(net.top(hidden[None, None])[0, 0, 0], scores[0, c])
+
+
+def test_below_is_each_pair_once() -> None:
+    x = torch.randn(2, 4, 3)
+    want = torch.stack([(x[:, i] * x[:, j]).sum(-1) for i in range(4) for j in range(i)], 1)
+    torch.testing.assert_close(below(x), want)
+    assert below(x[:, :1]).shape == (2, 0)
+
+
+@pytest.mark.parametrize("history", ["attention", "pool", "none"])
+def test_the_next_of_the_ring_is_learned_where_the_history_is_seen(history: str) -> None:
+    model = build_model("dlrm", Catalogue(23, {}), {"dim": 16, "hidden": (16,), "history": history})
+    optimizer = torch.optim.Adam(model.parameters(), 0.02)
+    for epoch in range(6):
+        for batch in model.batches(ring(100), batch_size=16, epoch=epoch, seed=0, rank=0, world=1):
+            optimizer.zero_grad()
+            model.loss(batch).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    asked = Histories.of([[(i + s) % 23 for i in range(5)] for s in range(23)])
+    scores = model.eval().score(asked, np.tile(np.arange(23), (23, 1)))  # type: ignore[operator]
+    above = (scores > scores[torch.arange(23), (torch.arange(23) + 5) % 23].unsqueeze(1)).sum(1)
+    found = float(above.float().mean())  # of 22; by chance 11
+    assert found < 4 if history != "none" else found > 7
+
+
+@pytest.mark.parametrize("changes", [{"dim": 6}, {"heads": 3}, {"hidden": ()}, {"negatives": 0}], ids=str)
+def test_numbers_that_make_no_model_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        mixed("dlrm", **changes)
+
+
+@pytest.mark.parametrize(("name", "plain"), [("dlrm", False), ("dlrm", True), ("dcn", False)])
+def test_the_graph_agrees_for_any_batch_length_and_candidates(name: str, plain: bool, tmp_path: Path) -> None:
+    model = build_model(name, Catalogue(23, {}), {"history": "none"}).eval() if plain else mixed(name)
+    examples = example_inputs(model)
+    export_onnx(model.network, examples[:2], tmp_path / "graph.onnx")  # type: ignore[arg-type]
+    assert parity(model.network, OnnxNetwork(tmp_path / "graph.onnx"), examples) < 1e-4  # type: ignore[arg-type]
