@@ -157,6 +157,9 @@ def tune(
     space: Sequence[str],
     metric: str = "ndcg@10",
     trials: int = 10,
+    scheduler: str = "asha",
+    grace: int = 0,
+    eta: int = 3,
     set: Sequence[str] = (),
     seed: int = 0,
     workers: int = 0,
@@ -167,6 +170,8 @@ def tune(
     Args:
         space: `("train.lr=1e-4..1e-2@log", "options.dim=32,64")`, ranges and choices of settings.
         metric: what the best has most of (of losses and errors: least of).
+        scheduler, grace, eta: "asha" lets only the best 1/eta of the trials go on after grace, grace * eta,
+            ... epochs (grace 0: a sixth of the recipe's); "none" runs all out.
         set: changes of the recipe that all trials share.
         workers: trials at once on Ray Tune; 0 runs them here, one after the other.
         out: default `runs/search-<recipe>-<dataset>`; the checkpoint is in its folder `best`.
@@ -177,24 +182,17 @@ def tune(
     Example: `recray.tune("runs/ml100k", recipe="ials", space=["options.dim=32..128"], trials=8)`
     """
     chosen = recipes.recipe(recipe, list(set))
+    from recray.tuning.halving import scheduled
     from recray.tuning.recipes import search_recipe
     from recray.tuning.space import Space
 
-    parsed = Space.parse(space)
+    rule, parsed = scheduled(scheduler, grace, eta, chosen.train.epochs), Space.parse(space)
     data = open_data(dataset)
     fit = composing.Fit(chosen, str(data.artefact.place), metric)
     composing.check_search(fit, parsed)
     return search_recipe(
-        fit,
-        parsed,
-        dataset=data.artefact,
-        given=as_dict(chosen),
-        metric=metric,
-        trials=trials,
-        seed=seed,
-        workers=workers,
-        out=target(out, "search", recipe, data),
-    )
+        fit, parsed, dataset=data.artefact, given=as_dict(chosen), metric=metric, trials=trials, halving=rule,
+        seed=seed, workers=workers, out=target(out, "search", recipe, data))  # fmt: skip
 
 
 def compress(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from recray import config, manifest, recipes, storage
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from recray.data.dataset import Dataset
     from recray.evaluation import Report, TopK
     from recray.models.base import Model
+    from recray.training.checkpoint import EpochReport
     from recray.training.plan import RunPlan
     from recray.tuning.space import Space
 
@@ -150,12 +151,18 @@ class Fit:
     dataset: str
     metric: str
 
-    def __call__(self, point: Mapping[str, Any], where: storage.Place) -> Mapping[str, float]:
+    def __call__(
+        self, point: Mapping[str, Any], where: storage.Place, told: Callable[[int, float], None]
+    ) -> Mapping[str, float]:
         from recray.training.run import train
+
+        def after(epoch: EpochReport) -> None:
+            if epoch.value is not None:
+                told(epoch.epoch, epoch.value)
 
         words = [f"train.metric={self.metric}", *(f"{key}={value}" for key, value in point.items())]
         data = open_data(self.dataset)
-        made = train(data, config.override(self.recipe, words), out=where)
+        made = train(data, config.override(self.recipe, words), out=where, after=after)
         return measure(made, data, "valid", beyond=False).means
 
 

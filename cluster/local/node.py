@@ -3,6 +3,9 @@
 Ray binds to loopback where its own switch for single-machine clusters is off, and refuses to add
 nodes to such a cluster: here the switch is off for everything that is started, and on for the
 question whether a node may join. Several raylets may share an address, as in Ray's own tests.
+
+They share a session's folder, too, but not the one below it where a job's code is unpacked: a node that
+gets its first task unpacks it anew, and would take it away from under the job and the other nodes.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from ray._private import ray_constants, services
 from ray.scripts import scripts
 
 ray_constants.ENABLE_RAY_CLUSTER = True
+ray_constants.DEFAULT_RUNTIME_ENV_DIR_NAME = f"runtime_resources_{os.getpid()}"
 services.get_node_ip_address = lambda address=None: "127.0.0.1"
 
 if __name__ == "__main__":

@@ -29,6 +29,22 @@ def options(parser: ArgumentParser) -> None:
     parser.add_argument("--metric", default="ndcg@10", help="validation metric (default ndcg@10)")
     parser.add_argument("--trials", type=at_least(1), default=10, metavar="N", help="default 10")
     parser.add_argument(
+        "--scheduler",
+        choices=("asha", "none"),
+        default="asha",
+        help="asha: of the trials that come to a rung only the best 1/ETA go on (default)",
+    )
+    parser.add_argument(
+        "--grace",
+        type=at_least(1),
+        default=0,
+        metavar="EPOCHS",
+        help="to the first rung (default: 1/6 of all)",
+    )
+    parser.add_argument(
+        "--eta", type=at_least(2), default=3, metavar="N", help="rungs lie at GRACE * N^k epochs (default 3)"
+    )
+    parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a change that all trials share"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the search (default 0)")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from argparse import ArgumentTypeError
 from collections.abc import Callable
-from typing import Any
 
 
 def at_least(lowest: int) -> Callable[[str], int]:
@@ -47,17 +45,6 @@ def numbers(text: str) -> dict[str, float]:
         return {key: float(value) for key, value in pairs(text).items()}
     except ValueError:
         raise ArgumentTypeError(f"cannot read {text!r}: write for example view=1,buy=5") from None
-
-
-def as_json(text: str) -> dict[str, Any]:
-    """A JSON object."""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise ArgumentTypeError(f'{text!r} is no JSON object: write for example {{"stock": {{"min": 1}}}}')
-    return found
 
 
 def crew(text: str) -> int | tuple[int, int]:

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,7 @@ def train(
     gpu: bool = False,
     retriever: Artefact | None = None,
     out: str | os.PathLike[str] | Place,
+    after: Callable[[EpochReport], None] = lambda epoch: None,
 ) -> Artefact:
     """Train the recipe's model and leave a checkpoint at `out`.
 
@@ -65,6 +66,9 @@ def train(
     (least, most) follows the nodes of the cluster. `gpu` asks for one device a worker. Of the models that
     are fitted in closed form only those that share the work among ranks use workers. `retriever` is the
     checkpoint behind whose candidates a ranker is to stand; it is then trained on them, in this process.
+
+    `after` (of `workers=0`) is called after each epoch once its state is kept, and again for those of a
+    run that goes on; what it raises ends the run, which may be gone on with.
 
     Raises ConfigError for a bad recipe, InputError for a place or dataset that cannot be used,
     TrainingError for a loss that is not finite (the run's last good state is kept).
@@ -107,7 +111,7 @@ def train(
                 return made
             position, best = open_state(finished.newest).position, finished.best
         else:
-            position, best = _train_here(dataset, recipe, run, log, first)
+            position, best = _train_here(dataset, recipe, run, _both(log, after), first)
         seconds = time.perf_counter() - started
         report = _report(position)
         if seconds > _WORTH_S:
@@ -159,6 +163,14 @@ def _fit_here(dataset: Dataset, recipe: Recipe, catalogue: Catalogue) -> tuple[M
     model.see(dataset)
     measured = dict(model.fit(dataset, seed=recipe.train.seed))
     return model.eval(), measured
+
+
+def _both(log: Log, after: Callable[[EpochReport], None]) -> Log:
+    def told(epoch: EpochReport, workers: int) -> None:
+        log(epoch, workers)
+        after(epoch)
+
+    return told
 
 
 def _train_here(

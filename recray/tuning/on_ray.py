@@ -2,6 +2,11 @@
 
 Tune's own state is never restored from: it is saved seldom and not atomically, so a finished trial
 would run again. A killed search is run again instead, and finds its trials in the cache.
+
+Nor does Tune's own ASHA say which trials stop: its rungs cannot be filled from trials that ended before,
+and what it stops has ended for good, so it lets many go on while there are few to compare them with. Here
+what Tune runs as a trial is one stretch of ours, up to its next rung; the sweep, which is where the driver
+is and nowhere else, says which one comes next.
 """
 
 from __future__ import annotations
@@ -17,11 +22,11 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune.search import Searcher
 
 from recray import connect
-from recray.tuning.space import Point
 from recray.tuning.sweep import Objective, Sweep, attempt
 from recray.tuning.trial import Outcome
 
@@ -39,7 +44,7 @@ def run_on_ray(sweep: Sweep, objective: Objective, *, workers: int, address: str
     Actors are reused from trial to trial. A worker that dies is tried once more; a trial that fails
     fails alone. The objective travels once, over Ray's own object store.
     """
-    if not sweep.left:
+    if sweep.over:
         return
     with connect.session(address, num_cpus=max(workers, os.cpu_count() or 1)), _quiet():
         scratch = tempfile.mkdtemp(prefix="recray-tune-")
@@ -50,7 +55,7 @@ def run_on_ray(sweep: Sweep, objective: Objective, *, workers: int, address: str
                     search_alg=_Asking(sweep),
                     metric="finished",
                     mode="max",
-                    num_samples=sweep.left,
+                    num_samples=-1,  # until the sweep has no more
                     max_concurrent_trials=workers,
                     reuse_actors=True,
                 ),
@@ -68,19 +73,21 @@ def run_on_ray(sweep: Sweep, objective: Objective, *, workers: int, address: str
 
 
 class _Tried(tune.Trainable):  # type: ignore[misc]
-    """One trial a step, in an actor that serves many; an error is a result like any other."""
+    """One call of the objective a step, in an actor that serves many; an error is a result like any other."""
 
     def setup(self, config: Mapping[str, Any], objective: Objective) -> None:
         self.objective = objective
         self.reset_config(config)
 
     def reset_config(self, new_config: Mapping[str, Any]) -> bool:
-        self.point: Point = json.loads(new_config["point"])
+        self.given = tuple(json.loads(new_config["given"]))
         return True
 
     def step(self) -> dict[str, Any]:
-        outcome, error = attempt(self.objective, self.point)
+        outcome, error = attempt(self.objective, self.given)
         said = None if outcome is None else asdict(outcome)
+        if said is not None:
+            said["detail"]["node"] = ray.get_runtime_context().get_node_id()
         return {"done": True, "finished": 1, "outcome": json.dumps(said), "failure": error or ""}
 
 
@@ -92,12 +99,12 @@ class _Asking(Searcher):  # type: ignore[misc]
         self.sweep = sweep
         self.names: dict[str, str] = {}  # Tune's trial id -> the trial's hash
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         asked = self.sweep.next()
         if asked is None:
-            return str(Searcher.FINISHED)
-        self.names[trial_id], point = asked
-        return {"point": json.dumps(point)}
+            return None if self.sweep.running else str(Searcher.FINISHED)
+        self.names[trial_id], given = asked
+        return {"given": json.dumps(given)}
 
     def on_trial_complete(
         self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False

@@ -4,6 +4,7 @@ front.json    every trial: its point, metrics, whether it fits, whether another 
 trials/       one file a trial, named by its hash
 chosen.json   which one, why, and what bounded it
 best/         (hyper-parameter searches) the best trial's checkpoint
+trials.html   (hyper-parameter searches) a picture of all trials
 """
 
 from __future__ import annotations
@@ -56,8 +57,13 @@ def write_search(
     parents: Mapping[str, Artefact],
     recipe: Mapping[str, Any],
     best: Callable[[Path], object] | None = None,
+    pages: Mapping[str, str] | None = None,
+    report: Mapping[str, Any] | None = None,
 ) -> Artefact:
-    """Leave the search at `out` and clear what waited beside it. `best` fills the folder `best/`."""
+    """Leave the search at `out` and clear what waited beside it.
+
+    `best` fills the folder `best/`; `pages` are further files, name -> text; `report` is told, too.
+    """
 
     def fill(folder: Path) -> Mapping[str, Any]:
         (folder / "trials").mkdir()
@@ -65,10 +71,12 @@ def write_search(
             (folder / "trials" / f"{trial.hash}.json").write_bytes(file_bytes(trial, cache.context))
         (folder / "front.json").write_text(json.dumps(front, indent=1))
         (folder / "chosen.json").write_text(json.dumps(chosen, indent=1))
+        for name, text in (pages or {}).items():
+            (folder / name).write_text(text, encoding="utf-8")
         if best is not None:
             best(folder / "best")
         failed = sum(trial.error is not None for trial in trials)
-        return {"trials": len(trials), "failed": failed, "chosen": dict(chosen)}
+        return {"trials": len(trials), "failed": failed, "chosen": dict(chosen), **(report or {})}
 
     made = write_artefact(out, "search", fill, parents=parents, recipe=recipe)
     discard(waiting(place(out)))

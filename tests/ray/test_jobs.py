@@ -1,7 +1,8 @@
-"""`ray job submit` to the cluster of cluster/local: train, and read the checkpoint back."""
+"""`ray job submit` to the cluster of cluster/local: train, search, and read back what was made."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -24,7 +25,7 @@ pytestmark = [
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """The environment of a client of a fresh local cluster."""
     state = Path(f"/tmp/recray-test-{os.getpid()}")  # short: sockets lie in it
@@ -65,3 +66,27 @@ def test_a_submitted_job_trains(cluster: dict[str, str], ring: Dataset, tmp_path
     done = subprocess.run(bad, env=cluster, capture_output=True, text=True, timeout=200)
     assert done.returncode != 0
     assert "did you mean 'sasrec'" in done.stdout + done.stderr
+
+
+def test_a_submitted_search_spreads_its_trials_over_the_nodes(
+    cluster: dict[str, str], ring: Dataset, tmp_path: Path
+) -> None:
+    out = tmp_path / "search"
+    words = ["--recipe", "sasrec", "--space", "train.lr=1e-4..1e-1@log", "options.dim=4,8", "--trials", "6"]
+    words += ["--workers", "2", "--set", "train.epochs=9", "--set", "train.patience=0"]
+    job = [ROOT / "cluster/jobs/tune.sh", ring.artefact.place.uri, *words, "--out", out]
+    done = subprocess.run(job, env=cluster, capture_output=True, text=True, timeout=280, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    made = open_artefact(out, "search")
+    trials = [json.loads(path.read_text()) for path in (out / "trials").iterdir()]
+    assert [trial["error"] for trial in trials] == [None] * 6
+    assert len({trial["detail"]["node"] for trial in trials}) >= 2
+    epochs = made.manifest.report["epochs"]
+    assert epochs["spent"] == sum(trial["detail"]["epochs"] for trial in trials) < epochs["all"] == 54
+    assert load_model(open_artefact(out / "best", "checkpoint")).n_items == ring.n_items
+    assert [p.name for p in tmp_path.iterdir()] == ["search"]
+    # submitted again it has nothing left to try
+    done = subprocess.run(job, env=cluster, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "6 trials were finished before and are kept" in done.stdout + done.stderr
+    assert {path.name for path in (out / "trials").iterdir()} == {f"{trial['hash']}.json" for trial in trials}
