@@ -25,8 +25,21 @@ from recray.training.run import train
 FIELDS = "user item daytime weekday isweekend homework cost weather country city".split()  # noqa: SIM905
 FILES = {"train": "train.rebuilt", "valid": "validation", "test": "test"}
 PUBLISHED = {"dlrm": 0.9840, "dcn": 0.9845}  # on the original train split
-LABELS = ("options.loss=labels", "options.history=none", "options.unknown=0")
-SETTINGS = dict.fromkeys(PUBLISHED, LABELS)
+LABELS = (
+    "options.loss=labels",
+    "options.history=none",
+    "options.dim=16",
+    "options.hidden=256,256",
+    "options.dropout=0.3",
+    "options.unknown=0",
+    "train.batch_size=2048",
+    "train.lr=0.001",
+    "train.epochs=10",
+)
+SETTINGS = {
+    "dlrm": (*LABELS, "options.norm=false", "train.table_lr=0.01", "train.weight_decay=2"),
+    "dcn": (*LABELS, "train.table_lr=0.005", "train.weight_decay=1"),
+}
 SEEDS = (0, 1, 2)
 
 

@@ -150,12 +150,12 @@ def neumf() -> Recipe:
 
 def dlrm() -> Recipe:
     """Dot products of mixed features (Naumov et al. 2019), with an attention over the history."""
-    return Recipe(name="dlrm", model="dlrm", train=Train(epochs=15, batch_size=32, lr=3e-3))
+    return Recipe(name="dlrm", model="dlrm", train=Train(epochs=15, batch_size=32, lr=5e-3))
 
 
 def dcn() -> Recipe:
     """Crosses of mixed features (DCN-V2, Wang et al. 2021), with an attention over the history."""
-    return Recipe(name="dcn", model="dcn", train=Train(epochs=15, batch_size=32, lr=3e-3))
+    return Recipe(name="dcn", model="dcn", train=Train(epochs=15, batch_size=32, lr=5e-3))
 
 
 RECIPES: dict[str, Callable[[], Recipe]] = {

@@ -26,10 +26,10 @@ from recray.models.fields import Fields, layers
 class CrossNetwork(nn.Module):
     """Cross layers and a deep net over all vectors of a pair."""
 
-    def __init__(self, c: DCN.Config, numbers: int, width: int) -> None:
+    def __init__(self, c: DCN.Config, numbers: int, users: int, rest: int) -> None:
         super().__init__()
-        self.fields, self.parallel = Fields(c, numbers), c.structure == "parallel"
-        wide = width * c.dim
+        self.fields, self.parallel = Fields(c, numbers, users, rest), c.structure == "parallel"
+        wide = (users + rest) * c.dim
         self.crosses = nn.ModuleList(_map(wide, c.rank) for _ in range(c.crosses))
         self.deep = nn.Sequential(nn.Linear(wide, c.hidden[0]), *layers(c.hidden, c.dropout), nn.ReLU())
         self.out = nn.Linear(c.hidden[-1] + (wide if self.parallel else 0), 1)
@@ -83,4 +83,4 @@ class DCN(FeatureRanker):
         super().__init__(catalogue, config)
         if config.crosses < 0 or config.rank < 0:
             raise ConfigError("crosses and rank must be at least 0", where="options")
-        self.network = CrossNetwork(config, catalogue.item_numbers, sum(self.widths))
+        self.network = CrossNetwork(config, catalogue.item_numbers, *self.widths)

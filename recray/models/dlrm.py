@@ -27,7 +27,7 @@ class Crossed(nn.Module):
 
     def __init__(self, c: FeatureRanker.Config, numbers: int, users: int, rest: int) -> None:
         super().__init__()
-        self.fields = Fields(c, numbers)
+        self.fields = Fields(c, numbers, users, rest)
         self.from_user = nn.Linear(users * (users - 1) // 2, c.hidden[0]) if users > 1 else None
         pairs = users * rest + rest * (rest - 1) // 2
         self.from_pair = nn.Linear(pairs + (c.dim if numbers else 0), c.hidden[0])

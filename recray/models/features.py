@@ -66,7 +66,8 @@ class FeatureRanker(TrainedRanker):
         hidden: tuple[int, ...] = (64, 32)
         history: Literal["attention", "pool", "none"] = "attention"  # attention has the pool, too
         heads: int = 2
-        init: float = 0.1  # deviation of the first vectors: from near 0 products of them learn slowly
+        init: float = 0.05  # deviation of the first vectors
+        norm: bool = True  # of each vector before they are crossed, see `Fields`
         dropout: float = 0.1
         loss: Literal["sampled", "bce", "bpr", "labels"] = "sampled"
         label_above: float = 0.0  # of labels: the weight above which an interaction was wanted

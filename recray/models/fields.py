@@ -87,10 +87,17 @@ class Attention(nn.Module):
 
 
 class Fields(nn.Module):
-    """The vectors that are crossed: the user's, and each candidate's."""
+    """The vectors that are crossed: the user's U, and each candidate's R.
 
-    def __init__(self, c: FeatureRanker.Config, numbers: int) -> None:
+    With `norm` each is brought to mean 0 and deviation 1 over its D floats (Ba et al. 2016), times a
+    factor that is learned for each: products of first vectors near 0 are then learned as soon as others.
+    """
+
+    def __init__(self, c: FeatureRanker.Config, numbers: int, users: int, rest: int) -> None:
         super().__init__()
+        self.norm = c.norm
+        if c.norm:
+            self.of_user, self.of_rest = nn.Parameter(torch.ones(users, 1)), nn.Parameter(torch.ones(rest, 1))
         self.pool, self.drop = Pool(c.dim, c.max_len), nn.Dropout(c.dropout)
         self.attention = Attention(c.dim, c.heads, c.max_len) if c.history == "attention" else None
         self.bottom = None
@@ -113,7 +120,15 @@ class Fields(nn.Module):
         if self.bottom is not None:
             rest.append(self.bottom(numbers_BCG).unsqueeze(2))
         pooled_B1D = self.pool(history_BLD, mask_BL).unsqueeze(1)
-        return torch.cat([context_BXD, pooled_B1D], dim=1), torch.cat(rest, dim=2)
+        user_BUD, rest_BCRD = torch.cat([context_BXD, pooled_B1D], dim=1), torch.cat(rest, dim=2)
+        if not self.norm:
+            return user_BUD, rest_BCRD
+        return _normal(user_BUD) * self.of_user, _normal(rest_BCRD) * self.of_rest
+
+
+def _normal(x: Tensor) -> Tensor:
+    """Over the last dimension; a vector of zeros stays one."""
+    return nn.functional.layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
 class Drop(nn.Module):

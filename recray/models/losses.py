@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 _LOGITS = 1 << 22  # logits in memory at a time
@@ -111,18 +111,31 @@ def sampled_softmax(
     are not the target; `log_q_S` is log(S q_j). It converges to the full softmax as S grows (Bengio
     and Senecal 2008; Yi et al. 2019 for in-batch negatives).
     """
-    corrected = (negative_PS - log_q_S).masked_fill(targets_P.unsqueeze(1) == negatives_S, -torch.inf)
-    log_z = torch.cat([positive_P.unsqueeze(1), corrected], dim=1).float().logsumexp(1)
-    return (log_z - positive_P).sum()
+    summed: Tensor = _SampledSoftmax.apply(positive_P, negative_PS, targets_P, negatives_S, log_q_S)  # type: ignore[no-untyped-call]
+    return summed
 
 
-def bce(positive_P: Tensor, negative_PS: Tensor, targets_P: Tensor, negatives_S: Tensor) -> Tensor:
-    """Summed binary cross-entropy, the negatives of a position weighing as much as its positive."""
-    wrong = nn.functional.softplus(negative_PS).masked_fill(targets_P.unsqueeze(1) == negatives_S, 0.0)
-    return nn.functional.softplus(-positive_P).sum() + wrong.mean(dim=1).sum()
+class _SampledSoftmax(torch.autograd.Function):
+    """The sum; its gradients are made in the forward pass, in the memory of the corrected logits."""
 
+    @staticmethod
+    def forward(
+        ctx: Any,
+        positive_P: Tensor,
+        negative_PS: Tensor,
+        targets_P: Tensor,
+        negatives_S: Tensor,
+        log_q_S: Tensor,
+    ) -> Tensor:
+        corrected = (negative_PS - log_q_S).float()
+        corrected.masked_fill_(targets_P.unsqueeze(1) == negatives_S, -torch.inf)
+        log_z = torch.logaddexp(corrected.logsumexp(1), positive_P.float())
+        slope = corrected.sub_(log_z.unsqueeze(1)).exp_()
+        own = (positive_P - log_z).exp_() - 1
+        ctx.save_for_backward(own.to(positive_P.dtype), slope.to(negative_PS.dtype))
+        return (log_z - positive_P).sum()
 
-def bpr(positive_P: Tensor, negative_PS: Tensor, targets_P: Tensor, negatives_S: Tensor) -> Tensor:
-    """Summed Bayesian personalized ranking loss (Rendle et al. 2009), a mean over the negatives."""
-    gap = nn.functional.softplus(negative_PS - positive_P.unsqueeze(1))
-    return gap.masked_fill(targets_P.unsqueeze(1) == negatives_S, 0.0).mean(dim=1).sum()
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        own, slope = ctx.saved_tensors
+        return own * grads[0], slope * grads[0], None, None, None

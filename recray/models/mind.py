@@ -60,7 +60,7 @@ class Routing(Encoder):
         self.register_buffer("directions", normal(c.interests, c.dim, std=1.0).detach())
         self.log_fading = nn.Parameter(torch.zeros(1))  # log f
         self.log_ages = nn.Parameter(_FIRST_FADING * torch.arange(c.max_len).float().unsqueeze(1))  # log g
-        self.activity, self.overall = nn.Parameter(torch.ones(1)), nn.Parameter(torch.zeros(1))  # a, c_1
+        self.offsets = nn.Parameter(torch.tensor([1.0, 0.0]))  # a, c_1
         self.up, self.down = nn.Linear(c.dim, 4 * c.dim), nn.Linear(4 * c.dim, c.dim)
         self.norm = nn.LayerNorm(c.dim)
 
@@ -95,7 +95,8 @@ class Routing(Encoder):
         g_BT1L = nn.functional.embedding(at_BT1L, self.log_ages).squeeze(4).exp()
         mass_BTK = (w_BTKL * g_BT1L).sum(dim=3).masked_fill(self._all(), 0.0)
         share_BTK = mass_BTK / mass_BTK.sum(dim=2, keepdim=True).clamp(min=1e-6)
-        offset_BTK = torch.where(self._all(), self.overall, self.activity * (share_BTK + 1e-4).log())
+        activity, overall = self.offsets.unbind()
+        offset_BTK = torch.where(self._all(), overall, activity * (share_BTK + 1e-4).log())
         offset_BTK = offset_BTK.masked_fill(~there_BTK, _ABSENT)
         return torch.cat([v_BTKD, offset_BTK.unsqueeze(3)], dim=3), there_BTK
 
@@ -116,7 +117,7 @@ class Routing(Encoder):
 
     def _all(self) -> Tensor:
         """bool[K]: which interest is all of the history."""
-        return torch.arange(self.interests, device=self.activity.device) == (0 if self.whole else -1)
+        return torch.arange(self.interests, device=self.offsets.device) == (0 if self.whole else -1)
 
 
 def pooled(w_BTKL: Tensor, e_BLD: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def mixed(name: str, **changes: Any) -> Any:
 
 
 def test_the_score_is_the_top_of_all_dots() -> None:
-    model = mixed("dlrm")
+    model = mixed("dlrm", norm=False)
     net = model.network
     candidates = np.array([[3, 9]])
     inputs = model.inputs(Histories.of([[1, 2, 2]]), candidates, {"day": np.int32([2])})
@@ -49,6 +49,22 @@ def test_the_score_is_the_top_of_all_dots() -> None:
             hidden = net.from_pair(torch.cat([torch.stack(mixed_dots + own_dots), r[-1]]))
             hidden = hidden + net.from_user(torch.stack(users_dots))
             torch.testing.assert_close(net.top(hidden[None, None])[0, 0, 0], scores[0, c])
+
+
+def test_with_norm_no_vector_is_larger_than_another() -> None:
+    net = mixed("dlrm").network
+    assert net.fields.of_user.shape == (3, 1)
+    assert net.fields.of_rest.shape == (5, 1)
+    inputs = mixed("dlrm").inputs(Histories.of([[1, 2, 2]]), np.array([[3, 9]]), {"day": np.int32([2])})
+    with torch.no_grad():
+        user, rest = net.fields(*inputs)
+        net.fields.of_user[1] = 3.0
+        larger, _ = net.fields(*inputs)
+    for vectors in (user, rest):
+        torch.testing.assert_close(vectors.mean(-1), torch.zeros(vectors.shape[:-1]), atol=1e-5, rtol=0)
+        torch.testing.assert_close((vectors**2).mean(-1), torch.ones(vectors.shape[:-1]), atol=0.02, rtol=0)
+    torch.testing.assert_close(larger[:, 1], 3 * user[:, 1])
+    torch.testing.assert_close(larger[:, 2], user[:, 2])
 
 
 def test_below_is_each_pair_once() -> None:

@@ -61,9 +61,9 @@ def by_hand(model: Any, rows: list[int]) -> NDArray[Any]:
     mass = (w * np.exp(weight["log_ages"][:n][::-1])).sum(0)
     if c.whole:
         mass[0] = 0
-    offset = weight["activity"] * np.log(mass / max(mass.sum(), 1e-6) + 1e-4)
+    offset = weight["offsets"][0] * np.log(mass / max(mass.sum(), 1e-6) + 1e-4)
     if c.whole:
-        offset[0] = weight["overall"][0]
+        offset[0] = weight["offsets"][1]
     return np.concatenate([v, offset[:, None]], 1)
 
 
