@@ -64,7 +64,7 @@ class FeatureRanker(TrainedRanker):
     class Config(TrainedRanker.Config):
         dim: int = 32
         hidden: tuple[int, ...] = (64, 32)
-        history: Literal["attention", "pool", "none"] = "attention"  # attention has the pool, too
+        history: Literal["attention", "pool", "off"] = "attention"  # attention has the pool, too
         heads: int = 2
         init: float = 0.05  # deviation of the first vectors
         norm: bool = True  # of each vector before they are crossed, see `Fields`
@@ -92,7 +92,7 @@ class FeatureRanker(TrainedRanker):
         self._context_starts = _starts(catalogue.context[column] for column in self.columns)
         rows = {
             "item": n,
-            "history": 0 if config.history == "none" else n,
+            "history": 0 if config.history == "off" else n,
             "value": self._value_starts[-1],
             "context": self._context_starts[-1],
         }
@@ -249,7 +249,7 @@ class FeatureRanker(TrainedRanker):
     def _rows(
         self, items: NDArray[np.int32], starts: NDArray[np.int64], ends: NDArray[np.int64]
     ) -> NDArray[np.int64]:
-        longest = 0 if self.config.history == "none" else int((ends - starts).max(initial=0))
+        longest = 0 if self.config.history == "off" else int((ends - starts).max(initial=0))
         return before(items, starts, ends, max(1, min(longest, self.config.max_len)))
 
     def _user(self, history_BL: Tensor, context_BX: Tensor) -> tuple[Tensor, Tensor, Tensor]:

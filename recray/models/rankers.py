@@ -35,7 +35,7 @@ from recray.models.base import Catalogue, Context, ModelConfig, Ranker
 if TYPE_CHECKING:
     from recray.data.dataset import Dataset
 
-_LEAST = 0.05  # propensities below count as this: no interaction outweighs twenty
+_LEAST = 0.2  # propensities below count as this: none outweighs five, which would be mostly noise
 
 
 @dataclass(frozen=True, eq=False)

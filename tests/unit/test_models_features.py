@@ -199,8 +199,8 @@ def test_losses_are_their_formulas() -> None:
 def test_inverse_propensities_have_a_mean_of_one_and_a_least() -> None:
     counts = np.array([2, 4, 1, 3, 5])
     found = inverse_propensities(["", "0.5", "1", "0.001", "far"], counts)
-    mean = (4 / 0.5 + 1 / 1 + 3 / 0.05) / 8
-    np.testing.assert_allclose(found, [1, 2 / mean, 1 / mean, 20 / mean, 1], rtol=1e-6)
+    mean = (4 / 0.5 + 1 / 1 + 3 / 0.2) / 8
+    np.testing.assert_allclose(found, [1, 2 / mean, 1 / mean, 5 / mean, 1], rtol=1e-6)
     with pytest.raises(InputError, match="number"):
         inverse_propensities(["", "top", "7"], np.array([0, 3, 1]))
 
