@@ -17,15 +17,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks._sets import ml1m, there
 from benchmarks.data import make_log
-from benchmarks.quality import DATA
 from benchmarks.rows import Row, usable_cores
 from recray.data import feed
 from recray.data.dataset import Dataset, open_dataset
 from recray.data.prepare import prepare
 from recray.models import build_model
 from recray.models.base import Catalogue, Model
-from recray.progress import say
 from recray.recipes import recipe
 
 FULL, QUICK = 20_000_000, 3_000_000  # rows of the large log
@@ -36,12 +35,8 @@ LIMIT = 0.02  # of a step's time
 def feed_rows(quick: bool) -> Iterator[Row]:
     """The share of waiting on ml1m by the recipe sasrec, then the peak memory of feeding a large log."""
     with tempfile.TemporaryDirectory(prefix="recray-bench-") as scratch:
-        if (DATA / "ml1m").is_dir():
-            columns = {"user": "user", "item": "movie", "time": "pos"}
-            data = prepare(DATA / "ml1m" / "ratings.tsv.xz", columns=columns, out=Path(scratch) / "ml1m")
-            yield waiting(data, QUICK_TURNS if quick else TURNS)
-        else:
-            say(f"ml1m: no folder {DATA / 'ml1m'}; set RECRAY_DATA")
+        if there("ml1m"):
+            yield waiting(ml1m(Path(scratch) / "ml1m"), QUICK_TURNS if quick else TURNS)
         yield from memory(Path(scratch), QUICK if quick else FULL)
 
 

@@ -22,17 +22,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from benchmarks.quality import DATA, NCF_FLOOR, NCF_IALS, NCF_SEEDS, given_negatives, mean_of
+from benchmarks._lines import mean_of
+from benchmarks._sets import ml1m_ncf, ml1m_ncf_negatives, there
 from benchmarks.rows import Row
 from recray.data.dataset import Cases, Dataset, open_dataset
-from recray.data.prepare import prepare
 from recray.evaluation import Report, TopK, best, evaluate, sampled_top_k
 from recray.models import build_model
 from recray.models.base import Catalogue, Retriever
-from recray.progress import say
 from recray.recipes import recipe
 
 BAR_SECONDS = 10.0
+RECIPE = "ials@ml1m_ncf"
+FLOOR = {"hr@10": 0.7294, "ndcg@10": 0.4523}  # matrix factorization in Rendle et al. 2020
+SEEDS = (0, 1, 2)
 SWEEPS = 15  # implicit's default
 DIM = 64
 
@@ -41,20 +43,12 @@ Timed = tuple[float, float]  # seconds by the clock, seconds of all cores
 
 def ials_rows(quick: bool) -> Iterator[Row]:
     """Both on ml1m_ncf: d = 192 to the floor of the theme quality, d = 64 beside implicit."""
-    folder = DATA / "ml1m_ncf"
-    if not folder.is_dir():
-        say(f"ml1m_ncf: no folder {folder}; set RECRAY_DATA")
+    if not there("ml1m_ncf"):
         return
     with tempfile.TemporaryDirectory(prefix="recray-bench-") as scratch:
-        data = prepare(
-            folder / "ml-1m.train.rating.notime.tsv.xz",
-            test=folder / "ml-1m.test.rating.xz",
-            columns={"user": "0", "item": "1", "weight": "2"},
-            split="none",
-            out=Path(scratch) / "data",
-        )
-        negatives = given_negatives(data, folder / "ml-1m.test.negative.xz")
-        yield to_quality(data, negatives, NCF_SEEDS[:1] if quick else NCF_SEEDS)
+        data = ml1m_ncf(Path(scratch) / "data")
+        negatives = ml1m_ncf_negatives(data)
+        yield to_quality(data, negatives, SEEDS[:1] if quick else SEEDS)
         yield beside_implicit(data, negatives, rounds=3 if quick else 7)
 
 
@@ -64,7 +58,7 @@ def to_quality(data: Dataset, negatives: NDArray[np.int64], seeds: tuple[int, ..
     took: list[Timed] = []
     for seed in seeds:
         fresh = open_dataset(data.artefact.place)  # which has not kept what it read
-        model = fitted(fresh, recipe("ials", NCF_IALS).options, seed, took)
+        model = fitted(fresh, recipe(RECIPE).options, seed, took)
         reports.append(evaluate(sampled_top_k(model, negatives), data.cases("test"), ks=(10,)))
     return Row(
         name="ials to quality",
@@ -76,8 +70,8 @@ def to_quality(data: Dataset, negatives: NDArray[np.int64], seeds: tuple[int, ..
             "bar": BAR_SECONDS,
             "cpu_seconds": round(statistics.median(cores for _, cores in took), 1),
             "threads": torch.get_num_threads(),
-            "set": list(NCF_IALS),
-            "floor": NCF_FLOOR,
+            "recipe": RECIPE,
+            "floor": FLOOR,
             **_quality(mean_of(reports)),
         },
         seeds=seeds,
@@ -89,7 +83,7 @@ def beside_implicit(data: Dataset, negatives: NDArray[np.int64], rounds: int) ->
 
     Both have read the data before; making the matrix is in our time, transposing it in both.
     """
-    options = {**recipe("ials", NCF_IALS).options, "dim": DIM, "sweeps": SWEEPS}
+    options = {**recipe(RECIPE).options, "dim": DIM, "sweeps": SWEEPS}
     matrix = data.histories("train").to_csr(data.n_items)
     matrix.data[:] = 1
     cores, cases, peer = torch.get_num_threads(), data.cases("test"), _implicit()

@@ -27,10 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks._process import ROOT, PeerError, Worker, peer_python
-from benchmarks.quality import DATA
+from benchmarks._sets import ml1m, s3rec_beauty, there
 from benchmarks.rows import Row, hardware
 from recray.data.dataset import Cases, Dataset
-from recray.data.prepare import prepare
 from recray.evaluation import Report, TopK, evaluate, model_top_k
 from recray.models import build_model
 from recray.models.base import Catalogue, Retriever
@@ -54,24 +53,12 @@ BARS = {"ml1m": 2, "s3rec_beauty": 15}
 METRICS = ("hr@10", "ndcg@10")
 
 
-def ml1m(out: Path) -> Dataset:
-    """Every rating is an interaction, in the user's order; leave-one-out."""
-    columns = {"user": "user", "item": "movie", "time": "pos"}
-    return prepare(DATA / "ml1m" / "ratings.tsv.xz", columns=columns, out=out)
-
-
-def s3rec_beauty(out: Path) -> Dataset:
-    """The sequences as they are; leave-one-out."""
-    return prepare(DATA / "s3rec_beauty" / "Beauty.txt.xz", out=out)
-
-
 WORKS: dict[str, Prepared] = {"ml1m": ml1m, "s3rec_beauty": s3rec_beauty}
 
 
 def sasrec_rows(work: str, quick: bool) -> Iterator[Row]:
     """Predictions a second, then test quality beside the peer's kept run."""
-    if not (DATA / work).is_dir():
-        say(f"{work}: no folder {DATA / work}; set RECRAY_DATA")
+    if not there(work):
         return
     with tempfile.TemporaryDirectory(prefix="recray-bench-") as scratch:
         data = WORKS[work](Path(scratch) / "data")

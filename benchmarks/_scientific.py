@@ -7,48 +7,23 @@ cost .007.
 
 from __future__ import annotations
 
-import csv
-import lzma
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.quality import DATA, rows, trained
+from benchmarks._lines import Line, line_rows
+from benchmarks._sets import scientific_text
 from benchmarks.rows import Row
-from recray.data.dataset import Dataset
-from recray.data.prepare import prepare
-from recray.evaluation import evaluate, model_top_k
 
-WORK = "scientific_text"
 METRICS = ("recall@10", "ndcg@10")
-CONTENT = ("options.dim=512", "options.decay=0.6")
+UNISREC = {  # recalled figures of UniSRec, KDD 2022, on another version of the log
+    "recalled: SASRec": (0.1080, 0.0553),
+    "recalled: UniSRec, text": (0.1188, 0.0641),
+}
+LINES = (Line(recipe="popularity"), Line(recipe="content@scientific_text", peers=UNISREC))
 
 
-def scientific_text(scratch: Path, quick: bool) -> Iterator[Row]:
-    """Recall@10 and NDCG@10 of content and of popularity."""
-    data = scientific(scratch)
-    for name, changes in (("popularity", ()), ("content", CONTENT)):
-        model, seconds = trained(data, name, changes, scratch)
-        report = evaluate(model_top_k(model), data.cases("test"), ks=(10,))
-        yield from rows(name, WORK, report, seconds, changes, {}, metrics=METRICS)
-
-
-def scientific(scratch: Path) -> Dataset:
-    """Each user's sequence, the test item at its end, and the items' text."""
-    folder = DATA / WORK
-    log, items = scratch / "sequences.txt", scratch / "items.tsv"
-    with lzma.open(folder / "Scientific.test.inter.xz", "rt") as lines, log.open("w") as out:
-        next(lines)
-        for line in lines:
-            user, known, last = line.rstrip("\n").split("\t")
-            print(user, known, last, file=out)
-    with lzma.open(folder / "Scientific.item2index.xz", "rt") as lines:
-        index = dict(line.split() for line in lines)
-    with lzma.open(folder / "Scientific.text.xz", "rt") as lines, items.open("w") as out:
-        next(lines)
-        writer = csv.writer(out, delimiter="\t")
-        writer.writerow(("item_id", "text"))
-        for line in lines:
-            name, _, text = line.rstrip("\n").partition("\t")
-            if name in index:
-                writer.writerow((index[name], text))
-    return prepare(log, items=items, out=scratch / "data")
+def scientific_rows(scratch: Path, quick: bool, only: str = "") -> Iterator[Row]:
+    """Items that are like those of the history."""
+    data = scientific_text(scratch)
+    lines = [line for line in LINES if only in line.recipe]
+    yield from line_rows("scientific_text", data, lines, METRICS, quick=quick)

@@ -110,11 +110,14 @@ def main(
     argv: Sequence[str] | None = None,
     *,
     works: Sequence[str] = (),
+    choose: bool = False,
 ) -> int:
     """Run a theme: a line per row on standard error, all rows as JSON on standard output or into --json.
 
     Rows are written as they come, so a run that is cut off keeps what it measured. With `works` there is
-    an option --work NAME, and `bench(quick, work)` is called, `work` being None for all of them.
+    an option --work NAME, and `bench(quick, work)` is called, `work` being None for all of them. With
+    `choose` there is --only WORD as well, `bench`'s third argument; such a run leaves the other rows of
+    the file as they are.
     """
     if theme not in THEMES:
         raise ValueError(f"unknown theme {theme!r}")
@@ -123,11 +126,16 @@ def main(
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows into FILE")
     if works:
         parser.add_argument("--work", choices=works, help="only this one; default all")
+    if choose:
+        parser.add_argument("--only", default="", metavar="WORD", help="recipes whose name holds it")
     words = list(sys.argv[1:] if argv is None else argv)
     asked = parser.parse_args(words)
     command = shlex.join(["python", "-m", f"benchmarks.{theme}", *words])
-    made: list[dict[str, Any]] = []
-    for row in bench(asked.quick, asked.work) if works else bench(asked.quick):
+    given = (asked.quick, *([asked.work] if works else []), *([asked.only] if choose else []))
+    only = choose and asked.only and asked.json and asked.json.is_file()
+    made: list[dict[str, Any]] = json.loads(asked.json.read_text()) if only else []
+    for row in bench(*given):
+        made = [kept for kept in made if not only or _same(kept) != (row.name, row.work, row.metric)]
         made.append(row.filled(theme, command))
         print(_line(made[-1]), file=sys.stderr, flush=True)
         if asked.json:
@@ -135,6 +143,10 @@ def main(
     if not asked.json:
         print(json.dumps(made, indent=1))
     return 0
+
+
+def _same(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return row["name"], row["work"], row["metric"]
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -7,10 +7,11 @@ checkpoint. The options of a model are checked by the model's own `Config` when 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from recray import config
+from recray.tuned import TUNED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,11 +182,17 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 }
 
 
+NAMES = (*RECIPES, *TUNED)
+
+
 def recipe(name: str, changes: list[str] | tuple[str, ...] = ()) -> Recipe:
     """The recipe of that name with `key=value` changes: `train.epochs=5`, `options.dim=128`.
 
     Raises ConfigError for an unknown name or key, with the nearest one.
     """
+    if name in TUNED:
+        base, tuned = TUNED[name]
+        return replace(recipe(base, (*tuned, *changes)), name=name)
     if name not in RECIPES:
-        raise config.unknown_name("recipe", name, RECIPES)
+        raise config.unknown_name("recipe", name, NAMES)
     return config.override(RECIPES[name](), changes)

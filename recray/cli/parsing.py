@@ -36,6 +36,14 @@ def out_option(parser: argparse.ArgumentParser, default: str) -> None:
     json_option(parser)
 
 
+def recipe_option(parser: argparse.ArgumentParser) -> None:
+    """`--recipe`, the same for every verb that trains."""
+    from recray.recipes import RECIPES
+
+    words = f"one of {', '.join(RECIPES)}, or one tuned to a set, such as ease@lightgcn_gowalla"
+    parser.add_argument("--recipe", default="sasrec", metavar="NAME", help=f"{words} (default sasrec)")
+
+
 def workers_option(
     parser: argparse.ArgumentParser, what: str, default: int = 0, *, elastic: bool = False
 ) -> None:

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from recray.cli.output import Output
-from recray.cli.parsing import json_option, workers_option
+from recray.cli.parsing import json_option, recipe_option, workers_option
 from recray.cli.text import table
 from recray.cli.words import at_least, numbers
-from recray.recipes import RECIPES
 
 EXAMPLE = "recray plan --rows 1e9 --dim 64 --batch 2048 --lookups 20 --workers 64 --memory 64GiB"
 
@@ -19,7 +18,7 @@ def options(parser: ArgumentParser) -> None:
     """Declare the verb's options."""
     add = parser.add_argument
     add("dataset", metavar="DATASET", nargs="?", help="what `recray prepare` left; or give --rows")
-    add("--recipe", default="sasrec", metavar="NAME", help=f"one of {', '.join(RECIPES)} (default sasrec)")
+    recipe_option(parser)
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="change one setting of the recipe")
     workers_option(parser, "Ray Train workers")
     add("--rows", type=float, metavar="N", help="plan one table of so many rows, without a dataset")

@@ -5,8 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 
 from recray.cli.output import Output, made
-from recray.cli.parsing import out_option, workers_option
-from recray.recipes import RECIPES
+from recray.cli.parsing import out_option, recipe_option, workers_option
 
 EXAMPLE = "recray train runs/ml100k --recipe sasrec --workers 2 --set train.epochs=10 --out runs/sasrec"
 
@@ -14,9 +13,7 @@ EXAMPLE = "recray train runs/ml100k --recipe sasrec --workers 2 --set train.epoc
 def options(parser: ArgumentParser) -> None:
     """Declare the verb's options."""
     parser.add_argument("dataset", metavar="DATASET", help="what `recray prepare` left")
-    parser.add_argument(
-        "--recipe", default="sasrec", metavar="NAME", help=f"one of {', '.join(RECIPES)} (default sasrec)"
-    )
+    recipe_option(parser)
     parser.add_argument(
         "--set",
         action="append",

@@ -5,9 +5,8 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 
 from recray.cli.output import Output, made
-from recray.cli.parsing import out_option, workers_option
+from recray.cli.parsing import out_option, recipe_option, workers_option
 from recray.cli.words import at_least
-from recray.recipes import RECIPES
 
 EXAMPLE = "recray tune runs/ml100k --recipe sasrec --space options.dim=32,64 train.lr=1e-4..1e-2 --trials 8"
 
@@ -15,9 +14,7 @@ EXAMPLE = "recray tune runs/ml100k --recipe sasrec --space options.dim=32,64 tra
 def options(parser: ArgumentParser) -> None:
     """Declare the verb's options."""
     parser.add_argument("dataset", metavar="DATASET", help="what `recray prepare` left")
-    parser.add_argument(
-        "--recipe", default="sasrec", metavar="NAME", help=f"one of {', '.join(RECIPES)} (default sasrec)"
-    )
+    recipe_option(parser)
     parser.add_argument(
         "--space",
         nargs="+",

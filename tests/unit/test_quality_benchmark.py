@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import numpy as np
 import pytest
 
-from benchmarks._gowalla import FLOORS, METRICS, SETTINGS, SLOW
-from benchmarks._scientific import CONTENT
+from benchmarks import _gowalla, _ncf, _scientific, _sequences, _shelf
+from benchmarks._lines import Line, report_rows
+from benchmarks._ratings import drawn
+from benchmarks.quality import WORKS
 from recray.data.dataset import Cases
 from recray.data.sequences import Histories
-from recray.evaluation import evaluate
+from recray.evaluation import Report, evaluate
 from recray.recipes import recipe
 from recray.training.run import resolve
+from recray.tuned import TUNED
 
 
 def test_recall_and_ndcg_are_those_of_lightgcn() -> None:
@@ -31,10 +35,44 @@ def test_recall_and_ndcg_are_those_of_lightgcn() -> None:
     report = evaluate(lambda part, k: lists[part.user_rows, :k], cases, ks=(20,))
     assert report.means["recall@20"] == pytest.approx(np.mean(recall))
     assert report.means["ndcg@20"] == pytest.approx(np.mean(ndcg))
-    assert set(METRICS) <= set(report.means)
+    assert set(_gowalla.METRICS) <= set(report.means)
 
 
-def test_every_setting_is_one_of_its_recipe() -> None:
-    for name, changes in (*SETTINGS.items(), ("content", CONTENT)):
-        resolve(recipe(name, changes))
-    assert set(FLOORS) | SLOW <= set(SETTINGS)
+LINES = (
+    *_gowalla.LINES,
+    *_ncf.LINES,
+    *_scientific.LINES,
+    *_sequences.BEAUTY,
+    *_sequences.ML1M,
+    *_shelf.LINES,
+)
+
+
+@pytest.mark.parametrize("name", sorted({*TUNED, *(line.recipe for line in LINES)}))
+def test_every_recipe_of_the_table_exists_under_its_name(name: str) -> None:
+    made = resolve(recipe(name, ["train.seed=3"]))
+    assert (made.name, made.train.seed) == (name, 3)
+
+
+@pytest.mark.parametrize("target", WORKS.values())
+def test_every_work_has_its_rows(target: str) -> None:
+    module, _, function = target.partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_a_row_tells_its_recipe_seeds_floor_and_peers() -> None:
+    reports = [Report({"hr@10": np.array(v)}, np.arange(2, dtype=np.int32)) for v in ([0.0, 1.0], [1.0, 1.0])]
+    line = Line(recipe="ials@ml1m_ncf", floor=(0.7,), peers={"a": (0.5,), "b": (0.6,)}, seeds=2)
+    (row,) = report_rows("ml1m_ncf", line, reports, ("hr@10",), {"train_seconds": 1.0})
+    assert (row.name, row.value, row.peer, row.peer_value) == ("ials", 0.75, "a", 0.5)
+    assert row.seeds == (0, 1)
+    told = {"recipe": "ials@ml1m_ncf", "each": [0.5, 1.0], "floor": 0.7, "peers": {"a": 0.5, "b": 0.6}}
+    assert told.items() <= dict(row.given).items()
+
+
+def test_ratings_are_drawn_a_fifth_of_each_user() -> None:
+    log = np.array([[user, item, 3, 0] for user in (7, 2, 5) for item in range(10 * user)], float)
+    known = drawn(log, 1)
+    assert {user: known[log[:, 0] == user].mean() for user in (7, 2, 5)} == {7: 0.8, 2: 0.8, 5: 0.8}
+    assert (known == drawn(log, 1)).all()
+    assert (known != drawn(log, 2)).any()

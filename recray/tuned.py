@@ -1,0 +1,73 @@
+"""Recipes with the settings of one real set, `MODEL@SET`: each repeats a row of the quality table.
+
+`recray train DATASET --recipe ease@lightgcn_gowalla`. Settings were chosen on validation splits alone; the
+modules of `benchmarks/` tell how, and what else was tried. They are good first guesses for data of that kind.
+"""
+
+from __future__ import annotations
+
+_LABELS = (
+    "options.loss=labels",
+    "options.history=off",
+    "options.max_len=1",  # neither of these two is used: they keep the reckoned memory true
+    "options.negatives=1",
+    "options.dim=32",
+    "options.hidden=256,256",
+    "train.batch_size=2048",
+    "train.lr=0.001",
+    "train.table_lr=0.005",
+    "train.epochs=10",
+)
+TUNED: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> (recipe, changes)
+    # MovieLens-1M as NCF splits it: 1.0 M interactions, no order
+    "ials@ml1m_ncf": (
+        "ials",
+        ("options.dim=192", "options.reg=0.007", "options.unobserved=0.3", "options.sweeps=16"),
+    ),
+    "neumf@ml1m_ncf": (
+        "neumf",
+        ("options.dim=64", "options.max_len=200", "train.batch_size=64", "train.lr=0.002", "train.epochs=20"),
+    ),
+    # MovieLens-1M in order: 166 a user
+    "esasrec@ml1m": (
+        "esasrec",
+        ("options.dim=128", "options.max_len=200", "train.epochs=60", "train.patience=5"),
+    ),
+    "dcn@ml1m": ("dcn", ("train.batch_size=64",)),
+    # Amazon Beauty in order: 12 k items, 9 a user
+    "sasrec@s3rec_beauty": ("sasrec", ("train.batch_size=128", "options.dropout=0.5")),
+    "esasrec@s3rec_beauty": ("esasrec", ("train.batch_size=128", "options.dropout=0.5")),
+    "mind@s3rec_beauty": ("mind", ("train.batch_size=128",)),
+    "dcn@s3rec_beauty": ("dcn", ("train.batch_size=64",)),
+    # Gowalla as LightGCN splits it: 41 k places, 27 a user, no order
+    "item-knn@lightgcn_gowalla": (
+        "item-knn",
+        ("options.weighting=unit", "options.alpha=0.7", "options.shrink=0", "options.neighbours=500"),
+    ),
+    "user-knn@lightgcn_gowalla": ("user-knn", ("options.neighbours=200",)),
+    "spectral@lightgcn_gowalla": ("spectral", ("options.dim=512",)),
+    "ials@lightgcn_gowalla": (
+        "ials",
+        ("options.dim=256", "options.unobserved=0.02", "options.reg=0.01", "options.sweeps=16"),
+    ),
+    "bpr@lightgcn_gowalla": (
+        "bpr",
+        ("options.dim=128", "options.epochs=60", "options.draws=4", "options.reg=0.02"),
+    ),
+    "two-tower@lightgcn_gowalla": (
+        "two-tower",
+        ("options.history=others", "options.pooling=mean", "options.negatives=2048", "train.lr=0.002"),
+    ),
+    "ease@lightgcn_gowalla": ("ease", ("options.reg=100",)),
+    # frappe: labelled rows, nine contexts, no history
+    "dlrm@frappe": (
+        "dlrm",
+        (*_LABELS, "options.dropout=0.5", "options.unknown=0.15", "train.weight_decay=6"),
+    ),
+    "dcn@frappe": (
+        "dcn",
+        (*_LABELS, "options.dropout=0.3", "options.structure=stacked", "train.weight_decay=6"),
+    ),
+    # Amazon Scientific: 4 k items with text, 7 a user
+    "content@scientific_text": ("content", ("options.dim=512", "options.decay=0.6")),
+}
