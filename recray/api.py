@@ -324,15 +324,16 @@ def serve(
     token: str | None = None,
     token_file: Where | None = None,
     address: str | None = None,
+    profile: Literal["lite", "fast"] = "lite",
 ) -> None:
     """Answer over HTTP from a Ray Serve application, until Ctrl-C or SIGTERM; then stop it.
 
     Args:
         config: a Serve config, see `deployments/serve`; its bundle, host and port do not count.
-        host: beyond loopback only with a token.
-        port: 0 takes a free one; the address is said on standard error.
+        host, port: beyond loopback only with a token; port 0 takes a free one, said on standard error.
         token, token_file: what clients must send as a bearer token; also `$RECRAY_TOKEN`.
         address: of a Ray cluster; by default $RAY_ADDRESS, else one is started for as long.
+        profile: "fast" has Serve's throughput flags and HAProxy (Linux); Serve must not run already.
 
     Raises:
         InputError: the port is busy, or the host is open to others without a token.
@@ -343,11 +344,10 @@ def serve(
     from recray.serving import auth
 
     found = auth.find_token(token, None if token_file is None else os.fspath(token_file))
-    where = open_any(bundle, "bundle").place.uri
+    where, given = open_any(bundle, "bundle").place.uri, None if config is None else os.fspath(config)
     from recray.serving.on_ray import run
 
-    given = None if config is None else os.fspath(config)
-    run(where, config=given, host=host, port=port, token=found, address=address)
+    run(where, config=given, host=host, port=port, token=found, address=address, profile=profile)
 
 
 def demo(out: Where = "demo-out", *, quick: bool = False) -> dict[str, Any]:

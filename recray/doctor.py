@@ -13,6 +13,7 @@ from importlib import metadata
 from typing import Literal
 
 from recray.errors import RecrayError
+from recray.memory import free_memory
 
 GIB = 1 << 30
 LEAST_PYTHON = (3, 10)
@@ -32,7 +33,7 @@ class Check:
 
 def examine(*, ray: bool, port: int) -> list[Check]:
     """Every check, in the order a person would ask."""
-    checks = [python(sys.version_info[:3]), *packages(), cores(_cores()), memory(_memory())]
+    checks = [python(sys.version_info[:3]), *packages(), cores(_cores()), memory(free_memory())]
     checks += [disk(shutil.disk_usage(os.getcwd()).free), gpu(), listening(port)]
     if ray:
         checks.append(ray_starts())
@@ -113,16 +114,3 @@ def ray_starts() -> Check:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _memory() -> int:
-    """Bytes: what is free on the machine, or under the control group's limit where that is less."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        with open("/proc/meminfo") as lines:
-            free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-        group = "/sys/fs/cgroup/memory"
-        with open(f"{group}.max") as limit, open(f"{group}.current") as used:
-            return min(free, int(limit.read()) - int(used.read()))
-    except (OSError, ValueError, StopIteration):
-        return free

@@ -23,7 +23,7 @@ from recray.errors import ArtefactError, InputError
 from recray.storage import MANIFEST, Place, place, staged
 
 FORMAT = 1
-KINDS = ("dataset", "checkpoint", "search", "bundle", "recommendations")
+KINDS = ("dataset", "checkpoint", "search", "bundle", "recommendations", "answers")
 
 
 @dataclass(frozen=True, kw_only=True)

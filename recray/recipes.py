@@ -39,7 +39,12 @@ class Train:
     candidates: int = 100  # of a retriever, that a ranker is trained on and later asked about
     save_steps: int = 0  # a state every so many batches, too; 0 = after epochs only
     adversarial: float = 0.0  # length of a perturbation of embeddings, as a share of a row's; 0 = none
-    adversarial_weight: float = 1.0  # of the loss under it
+    start: str = ""  # a checkpoint to go on from; of a larger model of the same kind what matters most of it
+    teacher: str = ""  # a checkpoint whose answers are learned, too: see compression/distil.py
+    teach: Literal["scores", "list", "states"] = "scores"  # what of them
+    teach_weight: float = 0.5
+    teach_top: int = 32  # items of an answer
+    teach_temperature: float = 1.0
     track: str = ""  # where each epoch's numbers go: tensorboard, mlflow, wandb, or several with commas
 
 

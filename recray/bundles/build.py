@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
 
 from recray import config
 from recray.bundles.bundle import Bundle, item_table, open_bundle
@@ -19,6 +21,7 @@ from recray.bundles.filters import Filters
 from recray.bundles.plan import Plan
 from recray.bundles.stage import read_stage, write_stage
 from recray.columns import SPLITS
+from recray.compression.graph import Inputs
 from recray.data.dataset import Dataset
 from recray.data.sequences import Histories, append
 from recray.errors import ConfigError
@@ -27,6 +30,9 @@ from recray.models.base import Model, Ranker, Retriever
 from recray.models.saved import load_model
 from recray.retrieval.index import build_index, index_params
 from recray.storage import Place
+
+SAMPLED = 64  # users by whom the range of a network's activations is measured
+CANDIDATES = 50  # of each, for a ranker
 
 
 def build(
@@ -59,9 +65,9 @@ def build(
     Filters(dataset.item_features, dataset.n_items).checked(plan.filter)
 
     def fill(folder: Path) -> Mapping[str, Any]:
-        measured = {"retriever": _retriever(folder, retriever, retriever_ckpt, plan, pieces)}
+        measured = {"retriever": _retriever(folder, retriever, retriever_ckpt, dataset, plan, pieces)}
         if ranker is not None and ranker_ckpt is not None:
-            measured["ranker"] = _ranker(folder, ranker, ranker_ckpt, plan, pieces)
+            measured["ranker"] = _ranker(folder, ranker, ranker_ckpt, dataset, plan, pieces)
         _data(folder, dataset)
         sizes = {part: _weight(folder / part) for part in ("retriever", "ranker", "index")}
         return {"bytes": sizes, "model_bytes": sum(sizes.values()), "graphs": measured}
@@ -95,10 +101,15 @@ def _stage_of(checkpoint: Artefact, cls: type[Any], stage: str) -> Any:
 
 
 def _retriever(
-    folder: Path, retriever: Retriever, checkpoint: Artefact, plan: Plan, pieces: Path | None
+    folder: Path,
+    retriever: Retriever,
+    checkpoint: Artefact,
+    dataset: Dataset,
+    plan: Plan,
+    pieces: Path | None,
 ) -> Mapping[str, Any]:
     what = {"of": checkpoint.hash, "codec": plan.retriever_codec, "graph": plan.encoder_graph}
-    measured = _piece(folder / "retriever", pieces, what, _writer(retriever, what, pieces))
+    measured = _piece(folder / "retriever", pieces, what, _writer(retriever, dataset, what, pieces))
 
     def write_index(goal: Path) -> Mapping[str, Any]:
         goal.mkdir()
@@ -115,17 +126,48 @@ def _retriever(
 
 
 def _ranker(
-    folder: Path, ranker: Ranker, checkpoint: Artefact, plan: Plan, pieces: Path | None
+    folder: Path, ranker: Ranker, checkpoint: Artefact, dataset: Dataset, plan: Plan, pieces: Path | None
 ) -> Mapping[str, Any]:
     what = {"of": checkpoint.hash, "codec": plan.ranker_codec, "graph": plan.ranker_graph}
-    return _piece(folder / "ranker", pieces, what, _writer(ranker, what, pieces))
+    return _piece(folder / "ranker", pieces, what, _writer(ranker, dataset, what, pieces))
 
 
 def _writer(
-    model: Model, what: Mapping[str, Any], pieces: Path | None
+    model: Model, dataset: Dataset, what: Mapping[str, Any], pieces: Path | None
 ) -> Callable[[Path], Mapping[str, Any]]:
     exported = None if pieces is None else pieces / f"{what['of'][:24]}.onnx"
-    return lambda goal: write_stage(goal, model, what["codec"], what["graph"], exported=exported)
+
+    def samples() -> list[Inputs]:
+        return sample_inputs(model, dataset)
+
+    def write(goal: Path) -> Mapping[str, Any]:
+        wanted = torch.from_numpy(_popularity(dataset))
+        return write_stage(
+            goal, model, what["codec"], what["graph"], weights=wanted, exported=exported, samples=samples
+        )
+
+    return write
+
+
+def sample_inputs(model: Any, dataset: Dataset, users: int = SAMPLED) -> list[Inputs]:
+    """What the network eats for some users of the dataset, a user at a time; candidates by popularity.
+
+    The network's own tables are read, before they are encoded.
+    """
+    known, draw = dataset.histories("train"), np.random.default_rng(0)
+    some = known.take(np.sort(draw.permutation(np.flatnonzero(known.lengths))[:users]))
+    made: list[Inputs] = []
+    with torch.no_grad():
+        for b in range(len(some)):
+            one = some.take([b])
+            if isinstance(model, Ranker):
+                asked = draw.choice(known.items, (1, CANDIDATES)).astype(np.int64)
+                sizes = dataset.context_sizes.items()
+                context = {name: draw.integers(0, size, 1).astype(np.int32) for name, size in sizes}
+                made.append(model.inputs(one, asked, context))
+            else:
+                made.append(model.inputs(one))
+    return made
 
 
 def _piece(
@@ -164,8 +206,13 @@ def _data(folder: Path, dataset: Dataset) -> None:
         pq.write_table(dataset.item_features, folder / "items.parquet", compression="zstd")
     context = {column: list(values) for column, values in dataset.context_values.items()}
     (folder / "context.json").write_text(json.dumps(context))
+    np.save(folder / "popularity.npy", _popularity(dataset), allow_pickle=False)
+
+
+def _popularity(dataset: Dataset) -> NDArray[np.float32]:
+    """How often each item was taken, float32[N]."""
     counts = np.bincount(dataset.histories("train").items, minlength=dataset.n_items)
-    np.save(folder / "popularity.npy", counts.astype(np.float32), allow_pickle=False)
+    return counts.astype(np.float32)
 
 
 def _weight(folder: Path) -> int:

@@ -11,7 +11,9 @@ from recray.errors import ConfigError
 from recray.models.base import Model, Ranker, Retriever
 from recray.retrieval.index import INDEXES, index_params
 
-Graph = Literal["eager", "onnx", "onnx-int8"]
+Codecs = str | Mapping[str, str]
+"""A codec for all tables of a model, or table -> codec; a table that is not named stays f32."""
+Graph = Literal["eager", "onnx", "onnx-int8", "onnx-static", "onnx-int4"]
 GRAPHS: tuple[Graph, ...] = get_args(Graph)
 
 
@@ -19,16 +21,18 @@ GRAPHS: tuple[Graph, ...] = get_args(Graph)
 class Plan:
     """One way to pack a retriever and maybe a ranker. `Plan()` compresses nothing.
 
-    retriever_codec, ranker_codec: how tables are stored (`recray.compression.codec.CODECS`).
-    encoder_graph, ranker_graph: what runs the networks; onnx-int8 quantizes matrix products.
+    retriever_codec, ranker_codec: how tables are stored (`recray.compression.codec.CODECS`), all alike or
+        each its own way.
+    encoder_graph, ranker_graph: what runs the networks; onnx-int8 quantizes matrix products with scales that
+        follow each request, onnx-static with scales measured beforehand, onnx-int4 their weights alone.
     index, index_params: how item vectors are searched (`recray.retrieval.index.INDEXES`).
     candidates: how many items the retriever gives the ranker.
     blend: the retriever's share in the final score (see `Recommender.rank`), 0 = the ranker's alone.
     filter: what every answer's items must hold besides a request's own filter (see `bundles.filters`).
     """
 
-    retriever_codec: str = "f32"
-    ranker_codec: str = "f32"
+    retriever_codec: Codecs = "f32"
+    ranker_codec: Codecs = "f32"
     encoder_graph: Graph = "eager"
     ranker_graph: Graph = "eager"
     index: str = "exact"
@@ -38,8 +42,9 @@ class Plan:
     filter: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for codec in (self.retriever_codec, self.ranker_codec):
-            codec_named(codec)
+        for codecs in (self.retriever_codec, self.ranker_codec):
+            for codec in _written(codecs):
+                codec_named(codec)
         for graph in (self.encoder_graph, self.ranker_graph):
             if graph not in GRAPHS:
                 raise ConfigError(f"unknown graph {graph!r}", fix=f"choose one of {', '.join(GRAPHS)}")
@@ -53,14 +58,31 @@ class Plan:
         """Raise ConfigError where this plan asks for what these models do not have."""
         allowed = choices(retriever, ranker)
         for name, values in allowed.items():
-            if getattr(self, name) not in values:
-                stage = "ranker" if name.startswith("ranker") else "retriever"
-                model = ranker if stage == "ranker" else retriever
+            stage = "ranker" if name.startswith("ranker") else "retriever"
+            model = ranker if stage == "ranker" else retriever
+            given = getattr(self, name)
+            asked = {text.partition(":")[0] for text in _written(given)} if "codec" in name else {given}
+            known = set() if model is None else set(model.tables.keys())
+            if isinstance(given, Mapping) and not set(given) <= known:
+                raise ConfigError(
+                    f"{name} names tables {', '.join(given)}",
+                    fix=f"the {stage} has {', '.join(sorted(known)) or 'none'}",
+                )
+            if not asked <= set(values):
                 whose = f"the {stage} {model.name}" if model is not None else f"no {stage} and it"
                 raise ConfigError(
                     f"{name} is {getattr(self, name)!r} but {whose} has nothing it applies to",
                     fix=f"choose {' or '.join(values)}",
                 )
+
+
+def codec_of(codecs: Codecs, table: str) -> str:
+    """How one table is stored."""
+    return codecs if isinstance(codecs, str) else codecs.get(table, "f32")
+
+
+def _written(codecs: Codecs) -> tuple[str, ...]:
+    return (codecs,) if isinstance(codecs, str) else tuple(codecs.values())
 
 
 def choices(retriever: Retriever, ranker: Ranker | None) -> dict[str, tuple[str, ...]]:

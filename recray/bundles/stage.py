@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,20 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from recray import config
-from recray.bundles.plan import Graph
+from recray.bundles.plan import Codecs, Graph, codec_of
 from recray.compression.codec import CodedTable, encode_table
-from recray.compression.graph import Inputs, OnnxNetwork, export_onnx, parity, quantize_dynamic
+from recray.compression.graph import (
+    GraphError,
+    Inputs,
+    OnnxNetwork,
+    export_onnx,
+    parity,
+    quantize_dynamic,
+)
+from recray.compression.quantize import quantize_static, quantize_weights
 from recray.data.sequences import Histories
 from recray.errors import ArtefactError
 from recray.models import build_model
@@ -32,33 +40,47 @@ from recray.models.saved import catalogue_report
 from recray.storage import write_file
 
 NETWORK = "network.onnx"
+Samples = Callable[[], Sequence[Inputs]]
+ALLOWED = {"onnx": 1e-3, "onnx-int8": 0.5, "onnx-static": 0.5, "onnx-int4": 0.5}
+"""The difference from the network's output, as a share of its greatest, above which a graph is broken."""
 SIZES = ((2, 3, 5), (3, 4, 7), (1, 1, 1), (7, 9, 2))  # (users, length, candidates) of the examples
 
 
 def write_stage(
-    folder: Path, model: Model, codec: str, graph: Graph, *, exported: Path | None = None
+    folder: Path,
+    model: Model,
+    codec: Codecs,
+    graph: Graph,
+    *,
+    weights: Tensor | None = None,
+    exported: Path | None = None,
+    samples: Samples | None = None,
 ) -> dict[str, float]:
     """Write a model with its tables encoded and its network as asked; the model is left as it was.
 
-    exported: where the network's graph lies or is to be kept, since exporting takes seconds.
+    weights: how often each item is wanted, float32[N], for the tables of items.
+    exported: where the network's graph lies or is to be kept, since exporting takes seconds. samples: gives
+    what the network eats for real users, where it is wanted; by default random rows.
     Returns what was measured: `parity`, the greatest difference of the graph's output from the
     network's. Raises GraphError when the network has no graph.
     """
     (folder / "tables").mkdir(parents=True)
     for name, table in model.tables.items():
         assert isinstance(table, Table)
-        encode_table(codec, table.dense()).save(folder / "tables" / f"{name}.safetensors")
+        wanted = weights if weights is not None and table.num_rows == len(weights) else None
+        coded = encode_table(codec_of(codec, name), table.dense(), wanted)
+        coded.save(folder / "tables" / f"{name}.safetensors")
     measured: dict[str, float] = {}
     gone = ["tables."]
     if graph != "eager":
-        measured["parity"] = write_graph(folder / NETWORK, model, graph, exported=exported)
+        measured["parity"] = write_graph(folder / NETWORK, model, graph, exported=exported, samples=samples)
         gone.append("network.")
-    weights = {
+    rest = {
         name: value.detach().cpu().contiguous()
         for name, value in model.state_dict().items()
         if not name.startswith(tuple(gone))
     }
-    save_file(weights, folder / "weights.safetensors")
+    save_file(rest, folder / "weights.safetensors")
     about = {
         "model": model.name,
         "options": config.as_dict(model.config),
@@ -70,8 +92,13 @@ def write_stage(
     return measured
 
 
-def write_graph(path: Path, model: Model, graph: Graph, *, exported: Path | None = None) -> float:
-    """Export a model's network (and quantize it); returns its greatest difference from the network."""
+def write_graph(
+    path: Path, model: Model, graph: Graph, *, exported: Path | None = None, samples: Samples | None = None
+) -> float:
+    """Export a model's network (and quantize it); returns its greatest difference from the network.
+
+    Raises GraphError for a network that has no graph, and for a graph that computes something else.
+    """
     assert model.network is not None
     examples = example_inputs(model)
     with tempfile.TemporaryDirectory() as scratch:
@@ -82,9 +109,21 @@ def write_graph(path: Path, model: Model, graph: Graph, *, exported: Path | None
                 write_file(exported, (Path(scratch) / NETWORK).read_bytes())
         if graph == "onnx":
             shutil.copyfile(whole, path)
+        elif graph == "onnx-static":
+            quantize_static(whole, path, examples if samples is None else samples())
+        elif graph == "onnx-int4":
+            quantize_weights(whole, path)
         else:
             quantize_dynamic(whole, path)
-    return parity(model.network, OnnxNetwork(path), examples)
+    found = parity(model.network, OnnxNetwork(path), examples)
+    with torch.inference_mode():
+        scale = max(float(model.network(*given).abs().max()) for given in examples)
+    if found > ALLOWED[graph] * scale:
+        raise GraphError(
+            f"the {graph} graph of {model.name} differs by {found:.2g} from outputs of up to {scale:.2g}",
+            fix="take another graph for it",
+        )
+    return found
 
 
 def example_inputs(model: Any) -> list[Inputs]:

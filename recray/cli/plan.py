@@ -27,21 +27,22 @@ def options(parser: ArgumentParser) -> None:
     add("--lookups", type=float, default=20, metavar="N", help="of --rows: ids an example (default 20)")
     add("--distinct", type=float, metavar="SHARE", help="of --rows: distinct ids (default: of uniform ids)")
     add("--memory", metavar="64GiB", help="of each worker (default: its share of what is free here)")
-    add(
-        "--wire",
-        metavar="10GB/s",
-        help="what a worker can send (default: measured, or 1.25GB/s with --memory)",
-    )
+    add("--wire", metavar="10GB/s", help="what a worker sends (default: measured; with --memory 1.25GB/s)")
     add("--rates", type=numbers, metavar="NAME=N,...", help="bandwidth, row_s, id_s, flops, call_s, latency")
+    add("--serve", action="store_true", help="DATASET is a bundle: hops, bytes and requests/s of serving it")
     json_option(parser)
 
 
 def run(given: Namespace) -> Output:
     """Call the verb."""
     from recray import api
+    from recray.serving import planning
     from recray.training.plan import RunPlan, size
 
-    kept = {k: v for k, v in vars(given).items() if k not in ("verb", "run", "json", "dataset")}
+    if given.serve:
+        lines, data = planning.told(given.dataset)
+        return Output(table(lines), data)
+    kept = {k: v for k, v in vars(given).items() if k not in ("verb", "run", "json", "serve", "dataset")}
     made: RunPlan = api.plan(given.dataset, **kept)
 
     def bytes_of(parts: Mapping[str, Any]) -> str:

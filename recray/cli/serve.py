@@ -13,6 +13,12 @@ def options(parser: ArgumentParser) -> None:
     """Declare the verb's options."""
     parser.add_argument("bundle", metavar="BUNDLE", help="what `recray bundle` left")
     parser.add_argument("--config", metavar="FILE", help="a Serve config, see deployments/serve")
+    parser.add_argument(
+        "--profile",
+        choices=("lite", "fast"),
+        default="lite",
+        help="fast: Serve's throughput flags, behind HAProxy (default lite)",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1; another host needs a token")
     parser.add_argument("--port", type=int, default=8000, help="default 8000")
     parser.add_argument("--token-file", metavar="FILE", help="holds the bearer token that is asked for")
@@ -30,5 +36,6 @@ def run(given: Namespace) -> Output:
         port=given.port,
         token_file=given.token_file,
         address=given.address,
+        profile=given.profile,
     )
     return Output("")

@@ -24,6 +24,8 @@ def options(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--retriever", metavar="CHECKPOINT", help="train a ranker on this retriever's candidates"
     )
+    parser.add_argument("--start", metavar="CHECKPOINT", help="go on from this one; pruned, if it is larger")
+    parser.add_argument("--teacher", metavar="CHECKPOINT", help="learn what this one answers, too")
     parser.add_argument("--gpu", action="store_true", help="one GPU a worker")
     workers_option(parser, "Ray Train workers, 2-4 being as many as the cluster has room for", elastic=True)
     out_option(parser, "runs/checkpoint-RECIPE-DATASET")
@@ -33,6 +35,7 @@ def run(given: Namespace) -> Output:
     """Call the verb."""
     from recray import api
 
+    others = [f"train.{role}={uri}" for role in ("start", "teacher") if (uri := vars(given)[role])]
     return made(
         api.train(
             given.dataset,
@@ -40,7 +43,7 @@ def run(given: Namespace) -> Output:
             workers=given.workers,
             gpu=given.gpu,
             retriever=given.retriever,
-            set=given.set,
+            set=[*given.set, *others],
             out=given.out,
         )
     )

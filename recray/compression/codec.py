@@ -1,6 +1,7 @@
 """Tables in fewer bits: a codec turns float32[N, D] into a few arrays and any of its rows back.
 
-Codecs store each row on its own, so that a request decodes the rows it reads and no others.
+A codec is written NAME or NAME:key=value,key=value, as in `pq:width=4`. Codecs store each row on its
+own, so that a request decodes the rows it reads and no others.
 Shapes: N rows of D floats, R of them asked for.
 """
 
@@ -9,8 +10,9 @@ from __future__ import annotations
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,24 +28,49 @@ CODECS = {  # name -> module:class, imported when asked for
     "f16": "recray.compression.f16:F16",
     "int8": "recray.compression.int8:Int8",
     "int4": "recray.compression.int4:Int4",
+    "pq": "recray.compression.pq:PQ",
+    "low-rank": "recray.compression.low_rank:LowRank",
+    "tiers": "recray.compression.tiers:Tiers",
 }
 
 Arrays = Mapping[str, Tensor]
 
 
+@dataclass(frozen=True, kw_only=True)
+class CodecParams:
+    """Base of each codec's own frozen parameters (`Codec.Params`)."""
+
+
 class Codec(ABC):
-    """How one table is stored. Stateless: what a table needs lies in its arrays."""
+    """How one table is stored. Nothing but its parameters: what a table needs lies in its arrays."""
 
     name: ClassVar[str]
-    largest: ClassVar[float]  # the greatest magnitude that can be stored
+    largest: float  # the greatest magnitude that can be stored
+    Params: ClassVar[type[CodecParams]] = CodecParams
+
+    def __init__(self, params: Any = None) -> None:
+        self.params: Any = self.Params() if params is None else params
+
+    @property
+    def text(self) -> str:
+        """How it is written, with all its parameters: what `codec_named` reads."""
+        words = [f"{key}={value}" for key, value in config.as_dict(self.params).items()]
+        return f"{self.name}:{','.join(words)}" if words else self.name
 
     @abstractmethod
-    def encode(self, table_ND: Tensor) -> dict[str, Tensor]:
-        """The arrays of a finite float32[N, D] (see `encode_table`, which checks it)."""
+    def encode(self, table_ND: Tensor, weights_N: Tensor | None = None) -> dict[str, Tensor]:
+        """The arrays of a finite float32[N, D] (see `encode_table`, which checks it).
+
+        weights_N: how often each row is wanted, float32[N] >= 0; None where nobody knows.
+        """
 
     @abstractmethod
     def decode(self, arrays: Arrays, rows_R: Tensor | None, dim: int) -> Tensor:
         """float32[R, D] of the rows int64[R] (all of them >= 0), or of every row."""
+
+    def scores(self, arrays: Arrays, queries_BD: Tensor, dim: int) -> Tensor:
+        """Inner products with every row, float32[B, N]; some codecs have them without decoding."""
+        return queries_BD @ self.decode(arrays, None, dim).T
 
     @abstractmethod
     def bytes_of(self, num_rows: int, dim: int) -> int:
@@ -54,13 +81,16 @@ class Codec(ABC):
         """A bound on |decoded - table| for each element, broadcastable to float32[N, D]."""
 
 
-def codec_named(name: str) -> Codec:
-    """The codec of that name; an unknown one raises ConfigError naming the nearest."""
+def codec_named(text: str) -> Codec:
+    """The codec that is written so; an unknown name or parameter raises ConfigError naming the nearest."""
+    name, _, words = text.partition(":")
     if name not in CODECS:
         raise config.unknown_name("codec", name, CODECS)
     module, _, attribute = CODECS[name].partition(":")
-    found: Codec = getattr(importlib.import_module(module), attribute)()
-    return found
+    cls: type[Codec] = getattr(importlib.import_module(module), attribute)
+    pairs = [word.partition("=") for word in words.split(",") if word]
+    given = {key.strip(): value.strip() for key, _, value in pairs}
+    return cls(config.build(cls.Params, given, where=name))
 
 
 class CodedTable(Table):
@@ -94,9 +124,13 @@ class CodedTable(Table):
     def dense(self) -> Tensor:
         return self.codec.decode(self.arrays, None, self.dim)
 
+    def scores(self, queries_BD: Tensor) -> Tensor:
+        """Inner products of float32[B, D] with every row, float32[B, N]."""
+        return self.codec.scores(self.arrays, queries_BD, self.dim)
+
     def save(self, path: Path) -> None:
         """One safetensors file, the codec's name and the table's shape in its header."""
-        about = {"codec": self.codec.name, "rows": str(self.num_rows), "dim": str(self.dim)}
+        about = {"codec": self.codec.text, "rows": str(self.num_rows), "dim": str(self.dim)}
         save_file({name: a.contiguous() for name, a in self.arrays.items()}, path, metadata=about)
 
     @staticmethod
@@ -111,12 +145,15 @@ class CodedTable(Table):
             raise ArtefactError(f"is not an encoded table ({error})", where=path) from None
         made = CodedTable(codec, arrays, num_rows, dim)
         if made.nbytes != codec.bytes_of(num_rows, dim):
-            raise ArtefactError(f"does not hold {num_rows} rows of {dim} as {codec.name}", where=path)
+            raise ArtefactError(f"does not hold {num_rows} rows of {dim} as {codec.text}", where=path)
         return made
 
 
-def encode_table(codec: str | Codec, table_ND: Tensor) -> CodedTable:
-    """Encode float32[N, D]. A value that is not finite or too large for the codec raises InputError."""
+def encode_table(codec: str | Codec, table_ND: Tensor, weights_N: Tensor | None = None) -> CodedTable:
+    """Encode float32[N, D]; `weights_N` float32[N] >= 0 says how often each row is wanted.
+
+    A value that is not finite or too large for the codec raises InputError.
+    """
     made = codec_named(codec) if isinstance(codec, str) else codec
     table_ND = table_ND.detach().float().contiguous()
     if table_ND.ndim != 2:
@@ -132,7 +169,7 @@ def encode_table(codec: str | Codec, table_ND: Tensor) -> CodedTable:
             raise InputError(
                 f"a table value of {peak:.3g} is too large for {made.name}", fix="choose another codec"
             )
-    return CodedTable(made, made.encode(table_ND), *table_ND.shape)
+    return CodedTable(made, made.encode(table_ND, weights_N), *table_ND.shape)
 
 
 def picked(array: Tensor, rows_R: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ class F16(Codec):
     name = "f16"
     largest = torch.finfo(torch.float16).max
 
-    def encode(self, table_ND: Tensor) -> dict[str, Tensor]:
+    def encode(self, table_ND: Tensor, weights_N: Tensor | None = None) -> dict[str, Tensor]:
         return {"values": table_ND.half()}
 
     def decode(self, arrays: Arrays, rows_R: Tensor | None, dim: int) -> Tensor:

@@ -14,7 +14,7 @@ class F32(Codec):
     name = "f32"
     largest = torch.finfo(torch.float32).max
 
-    def encode(self, table_ND: Tensor) -> dict[str, Tensor]:
+    def encode(self, table_ND: Tensor, weights_N: Tensor | None = None) -> dict[str, Tensor]:
         return {"values": table_ND}
 
     def decode(self, arrays: Arrays, rows_R: Tensor | None, dim: int) -> Tensor:

@@ -22,6 +22,7 @@ from recray.errors import ArtefactError, RecrayError
 
 QUANTIZED = "recray.quantized"  # key of a graph's metadata
 Inputs = tuple[Tensor, ...]
+_FOLDED = 1 << 28  # bytes of a constant that is worked out when the graph is written
 
 
 class GraphError(RecrayError):
@@ -35,6 +36,8 @@ def export_onnx(network: nn.Module, examples: Sequence[Inputs], path: Path) -> N
     that is the same in all is fixed. Sizes of 1 would be taken as fixed, so examples avoid them.
     Raises GraphError, naming the operator where there is one.
     """
+    from onnxscript import optimizer
+
     free = tuple(
         {
             axis: torch.export.Dim.DYNAMIC
@@ -44,13 +47,16 @@ def export_onnx(network: nn.Module, examples: Sequence[Inputs], path: Path) -> N
         for tensors in zip(*examples)
     )
     network.eval()
-    with _quiet(), torch.inference_mode(False), torch.no_grad():
+    with quiet(), torch.inference_mode(False), torch.no_grad():
         given = tuple(t.clone() for t in examples[0])
         try:
             program = torch.onnx.export(
                 network, given, dynamo=True, dynamic_shapes=free, verbose=False, optimize=True
             )
             assert program is not None
+            # what is cut out of a weight is a weight of its own: only such are quantized
+            optimizer.fold_constants(program.model, input_size_limit=_FOLDED, output_size_limit=_FOLDED)
+            optimizer.remove_unused_nodes(program.model)
             path.write_bytes(_bare(program.model_proto).SerializeToString(deterministic=True))
         except Exception as error:  # the exporter raises many kinds, all meaning the same here
             raise GraphError(_reason(network, error), fix="use the eager graph for this model") from error
@@ -62,7 +68,7 @@ def quantize_dynamic(path: Path, out: Path) -> None:
     from onnxruntime.quantization import QuantType
     from onnxruntime.quantization import quantize_dynamic as quantize
 
-    with _quiet():
+    with quiet():
         try:
             graph = onnx.load(str(path))
             del graph.graph.value_info[:]  # shapes of weights that the quantizer is about to transpose
@@ -71,7 +77,7 @@ def quantize_dynamic(path: Path, out: Path) -> None:
             onnx.helper.set_model_props(made, {QUANTIZED: "dynamic"})
             onnx.save(made, str(out))
         except Exception as error:
-            raise GraphError(f"the graph cannot be quantized ({_line(error)})", where=path) from error
+            raise GraphError(f"the graph cannot be quantized ({one_line(error)})", where=path) from error
 
 
 class OnnxNetwork(nn.Module):
@@ -100,7 +106,7 @@ class OnnxNetwork(nn.Module):
             )
         except Exception as error:
             where = None if isinstance(graph, bytes) else graph
-            raise ArtefactError(f"is not a graph we can run ({_line(error)})", where=where) from None
+            raise ArtefactError(f"is not a graph we can run ({one_line(error)})", where=where) from None
         self._names = [given.name for given in self.session.get_inputs()]
         self.alone = self.session.get_modelmeta().custom_metadata_map.get(QUANTIZED) == "dynamic"
 
@@ -121,7 +127,7 @@ def parity(network: nn.Module, graph: nn.Module, examples: Sequence[Inputs]) -> 
             try:
                 ours, theirs = network(*given).float().numpy(), graph(*given).float().numpy()
             except Exception as error:
-                raise GraphError(f"the graph fails on a shape it should take ({_line(error)})") from error
+                raise GraphError(f"the graph fails on a shape it should take ({one_line(error)})") from error
             if ours.shape != theirs.shape:
                 raise GraphError(f"the graph gives shape {theirs.shape}, the network {ours.shape}")
             whole = np.isfinite(ours)
@@ -142,8 +148,8 @@ def _bare(model: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporters warn and log about themselves; none of it is about the user's model."""
+def quiet() -> Iterator[None]:
+    """Inside the block: the exporters warn and log about themselves; none of it is about the user's model."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -165,9 +171,10 @@ def _reason(network: nn.Module, error: BaseException) -> str:
     name = type(network).__name__
     if found:
         return f"{name} cannot be exported to ONNX: operator {found[0]}"
-    return f"{name} cannot be exported to ONNX ({_line(error)})"
+    return f"{name} cannot be exported to ONNX ({one_line(error)})"
 
 
-def _line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error of another library in a line."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

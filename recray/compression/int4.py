@@ -25,7 +25,7 @@ class Int4(Codec):
     name = "int4"
     largest = 1e38
 
-    def encode(self, table_ND: Tensor) -> dict[str, Tensor]:
+    def encode(self, table_ND: Tensor, weights_N: Tensor | None = None) -> dict[str, Tensor]:
         dim = table_ND.shape[1]
         step_NG = peak(_grouped(table_ND)).squeeze(2) / LEVELS
         top = step_NG.max() if step_NG.numel() else table_ND.new_zeros(())

@@ -20,7 +20,7 @@ class Int8(Codec):
     name = "int8"
     largest = 1e38
 
-    def encode(self, table_ND: Tensor) -> dict[str, Tensor]:
+    def encode(self, table_ND: Tensor, weights_N: Tensor | None = None) -> dict[str, Tensor]:
         scale_N1 = peak(table_ND) / LEVELS
         codes_ND = (table_ND / scale_N1.clamp(min=TINY)).round_().clamp_(-LEVELS, LEVELS)
         return {"codes": codes_ND.to(torch.int8), "scale": scale_N1.squeeze(1)}

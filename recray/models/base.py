@@ -8,11 +8,12 @@ Shapes: B users, K queries a user, D dims, N items of the catalogue, C candidate
 
 from __future__ import annotations
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -59,6 +60,26 @@ class Catalogue:
         return Catalogue(data.n_items, data.context_sizes, values, len(found.number_names))
 
 
+class Lesson(Protocol):
+    """What a teacher adds to the loss of a student; compression/distil.py has one."""
+
+    def rows(self, at_P: NDArray[np.int64], targets_P: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Items int64[P, M] it wants the student's scores of, for positions whose targets lie at `at`.
+
+        The target, then those that the teacher lists; or none.
+        """
+
+    def loss(
+        self,
+        summed: Tensor,
+        at_P: NDArray[np.int64],
+        states_PD: Tensor,
+        listed_PM: Tensor,
+        others_PS: Tensor | None,
+    ) -> Tensor:
+        """What the student's summed loss becomes; others: scores of negatives, None after a full softmax."""
+
+
 class Model(nn.Module):
     """Base of all models. Everything learned is a parameter or a buffer, so `state_dict()` is it.
 
@@ -72,6 +93,7 @@ class Model(nn.Module):
     stage: ClassVar[Literal["retriever", "ranker"]]
     Config: ClassVar[type[ModelConfig]]
     gradient: ClassVar[bool]  # True: trained by training/loop.py on batches; False: by `fit`
+    lesson: Lesson | None = None  # given before training, to a model that can be taught
     shares_fit: ClassVar[bool] = False  # whether `fit` takes `ranks`, and several can fit one model
 
     def __init__(self, catalogue: Catalogue, config: ModelConfig) -> None:
@@ -127,7 +149,7 @@ class Model(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the model lies; what it returns lies there too."""
-        for tensor in (*self.parameters(), *self.buffers()):
+        for tensor in itertools.chain(self.parameters(), self.buffers()):  # no further than the first
             return tensor.device
         return torch.device("cpu")
 

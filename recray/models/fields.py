@@ -72,16 +72,16 @@ class Attention(nn.Module):
     def forward(self, query_BCD: Tensor, x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         """x newest first, mask 1.0 where real -> [B, C, D], head by head."""
         b, c, dim = query_BCD.shape
-        length, part = x_BLD.shape[1], dim // self.heads
+        part = dim // self.heads
+        x_BLD, mask_BL = nn.functional.pad(x_BLD, (0, 0, 1, 0)), nn.functional.pad(mask_BL, (1, 0), value=1.0)
+        length = x_BLD.shape[1]  # one more in front: zeros, of logit 0, which stand for "nothing"
         q_BHCd = self.query(query_BCD).reshape(b, c, self.heads, part).transpose(1, 2)
-        k_BHLd = self.key(x_BLD).reshape(b, length, self.heads, part).transpose(1, 2)
+        k_BHLd = (self.key(x_BLD) * part**-0.5).reshape(b, length, self.heads, part).transpose(1, 2)
         x_BHLd = x_BLD.reshape(b, length, self.heads, part).transpose(1, 2)
-        ages_HL = nn.functional.embedding(torch.arange(length, device=x_BLD.device), self.ages).T
-        logits = q_BHCd @ k_BHLd.transpose(2, 3) * part**-0.5 + ages_HL.unsqueeze(1)
-        logits = logits + (mask_BL[:, None, None] - 1.0) * 1e9
-        top = logits.amax(dim=3, keepdim=True).clamp(min=0.0)  # 0 is the logit of "nothing"
-        weights = (logits - top).exp()
-        weights = weights / (weights.sum(dim=3, keepdim=True) + (-top).exp())
+        ages = torch.arange(length - 1, device=x_BLD.device)
+        ages_HL = nn.functional.pad(nn.functional.embedding(ages, self.ages).T, (1, 0))
+        added_BH1L = ages_HL.unsqueeze(1) + (mask_BL[:, None, None] - 1.0) * 1e9
+        weights = torch.softmax(q_BHCd @ k_BHLd.transpose(2, 3) + added_BH1L, dim=3)
         attended: Tensor = (weights @ x_BHLd).transpose(1, 2).reshape(b, c, dim)
         return attended
 

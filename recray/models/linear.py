@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 
 from recray.errors import ConfigError
+from recray.memory import free_memory
 from recray.models.base import Catalogue, ModelConfig
 from recray.models.neighbours import CELLS, ItemWeights, in_blocks, pairs_of, strongest_dense
 from recray.models.ranks import Alone
@@ -126,16 +126,3 @@ def inverse_gram(matrix: Any, reg: float) -> NDArray[np.float32]:
         for other in range(start + _TILE, m, _TILE):
             gram[other : other + _TILE, rows] = gram[rows, other : other + _TILE].T
     return gram
-
-
-def free_memory() -> int:
-    """Bytes that this machine could still give: free ones and caches."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) << 10
-    except OSError:
-        pass
-    import os
-
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -38,22 +38,49 @@ class Block(nn.Module):
 
     def __init__(self, c: SASRec.Config) -> None:
         super().__init__()
-        dim, hidden = c.dim, c.dim * 4 if c.ffn == "gelu" else c.dim * 8 // 3  # equally many parameters
-        self.heads, self.dropout = c.heads, c.dropout
+        dim, self.heads, self.dropout = c.dim, c.heads, c.dropout
+        usual = dim * 4 if c.ffn == "gelu" else dim * 8 // 3  # equally many parameters
+        self.part, hidden = c.head_dim or dim // c.heads, c.ffn_width or usual
+        inner = self.heads * self.part
         self.norm_attention, self.norm_ffn = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * inner), nn.Linear(inner, dim)
         self.gate = nn.Linear(dim, hidden) if c.ffn == "gated" else None
         self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
         self.let_attention, self.let_ffn = (nn.Linear(dim, dim) if c.gates else None for _ in range(2))
 
     def forward(self, x_BLD: Tensor, causal_LL: Tensor) -> Tensor:
-        b, length, dim = x_BLD.shape
-        qkv = self.qkv(self.norm_attention(x_BLD)).view(b, length, 3, self.heads, dim // self.heads)
+        b, length, _ = x_BLD.shape
+        qkv = self.qkv(self.norm_attention(x_BLD)).view(b, length, 3, self.heads, self.part)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        dropout = self.dropout if self.training else 0.0
-        mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=causal_LL, dropout_p=dropout)
-        found = self.out(mixed.transpose(1, 2).reshape(b, length, dim))
-        x_BLD = self._add(x_BLD, found, self.let_attention)
+        return self._rest(x_BLD, self._mixed(q, k, v, causal_LL))
+
+    def last(self, x_BLD: Tensor, last_B1D: Tensor, seen_B11L: Tensor) -> Tensor:
+        """The block's output at one position of each user, [B, 1, D]: only that one asks, all answer.
+
+        last int64, the position, expanded over D; seen: which positions are not after it.
+        """
+        b, length, _ = x_BLD.shape
+        h = self.norm_attention(x_BLD)
+        inner = self.out.in_features
+        weight, bias = self.qkv.weight, self.qkv.bias
+        asked = nn.functional.linear(h.gather(1, last_B1D), weight[:inner], bias[:inner])
+        kv = nn.functional.linear(h, weight[inner:], bias[inner:]).view(b, length, 2, self.heads, self.part)
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        q = asked.view(b, 1, self.heads, self.part).transpose(1, 2)
+        return self._rest(x_BLD.gather(1, last_B1D), self._mixed(q, k, v, seen_B11L))
+
+    def _mixed(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+        """What each position that asks is told, [B, L, heads * head_dim]. q, k, v [B, heads, L, head_dim]."""
+        if torch.compiler.is_exporting():  # a graph's own attention guards every step against empty rows
+            found = torch.softmax((q * self.part**-0.5) @ k.transpose(2, 3) + seen, dim=-1) @ v
+        else:
+            dropout = self.dropout if self.training else 0.0
+            found = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout)
+        return found.transpose(1, 2).flatten(2)
+
+    def _rest(self, x_BLD: Tensor, mixed_BLI: Tensor) -> Tensor:
+        """The block after its attention."""
+        x_BLD = self._add(x_BLD, self.out(mixed_BLI), self.let_attention)
         h = self.norm_ffn(x_BLD)
         inner = (
             nn.functional.gelu(self.up(h))
@@ -78,15 +105,39 @@ class Transformer(Encoder):
         self.norm = nn.LayerNorm(c.dim)
 
     def states(self, x_BLD: Tensor, lengths_B: Tensor) -> Tensor:
-        steps = torch.arange(x_BLD.shape[1], device=x_BLD.device)
-        age_BL = (lengths_B.unsqueeze(1) - 1 - steps).clamp(0, self.max_len - 1)
-        x_BLD = x_BLD * self.scale + nn.functional.embedding(age_BL, self.positions)
-        x_BLD = nn.functional.dropout(x_BLD, self.dropout, self.training)
-        causal_LL = steps.unsqueeze(0) <= steps.unsqueeze(1)
+        x_BLD, steps = self._placed(x_BLD, lengths_B)
+        causal_LL = _mask(steps.unsqueeze(0) <= steps.unsqueeze(1))
         for block in self.blocks:
             x_BLD = block(x_BLD, causal_LL)
         states: Tensor = self.norm(x_BLD)
         return states
+
+    def forward(self, x_BLD: Tensor, lengths_B: Tensor) -> Tensor:
+        """As `Encoder.forward` has it; what only other positions' states need is not computed."""
+        x_BLD, steps = self._placed(x_BLD, lengths_B)
+        last_B1D = (lengths_B - 1).clamp(min=0).view(-1, 1, 1).expand(-1, 1, x_BLD.shape[2])
+        causal_LL = _mask(steps.unsqueeze(0) <= steps.unsqueeze(1))
+        for block in self.blocks[:-1]:
+            x_BLD = block(x_BLD, causal_LL)
+        if len(self.blocks):
+            seen_BL = _mask(steps < lengths_B.clamp(min=1).unsqueeze(1))
+            found_B1D = self.blocks[-1].last(x_BLD, last_B1D, seen_BL[:, None, None])  # type: ignore[operator]
+        else:
+            found_B1D = x_BLD.gather(1, last_B1D)
+        query_B1D: Tensor = self.norm(found_B1D)
+        return query_B1D * (lengths_B > 0).to(query_B1D.dtype).view(-1, 1, 1)
+
+    def _placed(self, x_BLD: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        """(items with their positions, the positions int64[L])."""
+        steps = torch.arange(x_BLD.shape[1], device=x_BLD.device)
+        age_BL = (lengths_B.unsqueeze(1) - 1 - steps).clamp(0, self.max_len - 1)
+        x_BLD = x_BLD * self.scale + nn.functional.embedding(age_BL, self.positions)
+        return nn.functional.dropout(x_BLD, self.dropout, self.training), steps
+
+
+def _mask(seen: Tensor) -> Tensor:
+    """As attention takes it; in a graph that is being exported what is added to its logits."""
+    return torch.where(seen, 0.0, -1e9) if torch.compiler.is_exporting() else seen
 
 
 class SASRec(Sequential):
@@ -100,13 +151,17 @@ class SASRec(Sequential):
         heads: int = 2
         ffn: Literal["gelu", "gated"] = "gelu"
         gates: bool = False  # on what a block adds
+        head_dim: int = 0  # 0 = dim / heads
+        ffn_width: int = 0  # neurons of a block; 0 = 4 dim, or 8/3 dim if gated
 
     config: SASRec.Config
 
     def __init__(self, catalogue: Catalogue, config: SASRec.Config) -> None:
         if config.heads < 1 or config.blocks < 0:
             raise ConfigError("heads must be at least 1 and blocks at least 0", where="options")
-        if config.dim % config.heads:
+        if min(config.head_dim, config.ffn_width) < 0:
+            raise ConfigError("head_dim and ffn_width must be 0, which is as usual, or more", where="options")
+        if not config.head_dim and config.dim % config.heads:
             raise ConfigError(f"options.dim {config.dim} is not a multiple of {config.heads} heads")
         super().__init__(catalogue, config)
         self.network = Transformer(config)

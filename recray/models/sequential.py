@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +30,9 @@ from recray.models.losses import sampled_softmax
 
 if TYPE_CHECKING:
     from recray.data.dataset import Dataset
+
+
+AT_ONCE = 16  # histories encoded at a time: what is worked on then fits a core's cache
 
 
 class Encoder(nn.Module):
@@ -106,6 +110,8 @@ class Sequential(Retriever):
             rows.append(torch.from_numpy(batch.targets[batch.targets >= 0]))
         if self.config.loss == "sampled":
             rows.append(torch.from_numpy(batch.negatives))
+        if self.lesson is not None:
+            rows.append(self._listed(batch))
         return {"item": rows}
 
     def loss(self, batch: SequenceBatch) -> Tensor:
@@ -115,6 +121,7 @@ class Sequential(Retriever):
         targets_P = targets_BL[real]
         with seeded(batch.seed):
             states = self.states(batch)[real]
+        others_PS = None
         if self.config.loss == "softmax":
             summed = self.full_softmax(states, targets_P)
         else:
@@ -122,6 +129,9 @@ class Sequential(Retriever):
             log_q_S = torch.from_numpy(batch.log_q).to(device)
             positive_P, negative_PS = self.scores(states, targets_P, negatives_S)
             summed = sampled_softmax(positive_P, negative_PS, targets_P, negatives_S, log_q_S)
+            others_PS = negative_PS - log_q_S
+        if self.lesson is not None:
+            summed = self._taught(summed, batch, states, others_PS)
         return summed / batch.positions
 
     # -- what a model may do in its own way ------------------------------------------------------
@@ -145,6 +155,26 @@ class Sequential(Retriever):
         summed: Tensor = self.tables["item"].full_softmax(states, targets_P)  # type: ignore[operator]
         return summed
 
+    def _listed(self, batch: SequenceBatch) -> Tensor:
+        """The items that the teacher speaks of at the real positions, int64[P, M]."""
+        assert self.lesson is not None
+        real = batch.targets >= 0
+        return torch.from_numpy(self.lesson.rows(batch.at[real], batch.targets[real]))
+
+    def _taught(
+        self, summed: Tensor, batch: SequenceBatch, states_PD: Tensor, others_PS: Tensor | None
+    ) -> Tensor:
+        """The summed loss with the teacher's share of it."""
+        assert self.lesson is not None
+        rows_PM = self._listed(batch).to(self.device)
+        listed_PM = (self.tables["item"](rows_PM) @ states_PD.unsqueeze(2)).squeeze(2)
+        if others_PS is not None and rows_PM.shape[1]:  # a negative that the teacher lists counts there
+            listed = rows_PM[:, 1:].sort(dim=1).values
+            drawn_PS = torch.from_numpy(batch.negatives).to(self.device).repeat(len(listed), 1)
+            found = torch.searchsorted(listed, drawn_PS).clamp(max=listed.shape[1] - 1)
+            others_PS = others_PS.masked_fill(listed.gather(1, found) == drawn_PS, -torch.inf)
+        return self.lesson.loss(summed, batch.at[batch.targets >= 0], states_PD, listed_PM, others_PS)
+
     # -- answering -------------------------------------------------------------------------------
     def inputs(self, histories: Histories) -> tuple[Tensor, ...]:
         """What the network eats: item vectors float32[B, L, D] oldest first, and lengths int64[B]."""
@@ -160,5 +190,10 @@ class Sequential(Retriever):
 
     @torch.inference_mode()
     def encode(self, histories: Histories) -> Tensor:
-        queries: Tensor = self.network(*self.inputs(histories))
-        return queries
+        if len(histories) <= AT_ONCE:
+            queries: Tensor = self.network(*self.inputs(histories))
+            return queries
+        order = np.argsort(histories.lengths, kind="stable")  # alike in length, so that little is padding
+        parts = [order[start : start + AT_ONCE] for start in range(0, len(order), AT_ONCE)]
+        found = torch.cat([self.network(*self.inputs(histories.take(part))) for part in parts])
+        return found[torch.from_numpy(np.argsort(order)).to(found.device)]

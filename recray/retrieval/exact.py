@@ -1,27 +1,34 @@
-"""Exact search: a matmul over the whole table, the best blocks of 32, then float32 products again.
+"""Exact search: a matmul over the whole table, an edge that k items reach, float32 products again.
 
-Selecting costs more than multiplying: the best k items lie in the k blocks with the greatest
-maxima, so only those blocks are sorted. Above `bf16_from` rows the matmul runs in bfloat16 (where
-the processor has it) and float32 products order a wider choice, which leaves rank 10 untouched and
-a handful in a thousand of rank 100.
+Selecting costs more than multiplying, so most of it is avoided. The items are dealt to S groups, and each
+group's best score is a maximum over its lanes: the item of lane l and group s is row l * S + s, so that
+maximum runs along memory. The want-th greatest of these S maxima is an edge that at least `want` items
+reach, and hardly more than that do: only the groups that reach it are looked into. Scores are compared by
+their bits as whole numbers, which processors do several times faster than for bfloat16.
+
+Above `bf16_from` rows the matmul runs in bfloat16 (where the processor has it). Float32 products order a
+choice that is wider than k by what the rounding may have swapped.
+
+Shapes: B queries, N items of D floats, S groups of L lanes, P pairs of a query and a group, C candidates.
 """
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from recray.models.embeddings import Table
 from recray.retrieval.index import SLACK, Found, Index, IndexParams, ordered, rescored, scan
 
-BLOCK = 32
-CELLS = 1 << 24  # scores held at a time: 64 MB of float32
+MOST_LANES = 128  # rows are padded to a multiple of it
+CELLS = 1 << 22  # scores held at a time: 8 MB of bfloat16, which stay near the processor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,12 +52,16 @@ class Exact(Index):
 
     def _make(self) -> None:
         self.n = self.table.num_rows
+        self._rooms = threading.local()
         low = self.params.precision == "bf16" or (
             self.params.precision == "auto" and self.n >= self.params.bf16_from and _has_bf16()
         )
         dense_ND = self.table.dense().detach()
-        self.vectors_ND = dense_ND.bfloat16() if low else dense_ND
-        self.full_ND = None if low else dense_ND  # what the last products are taken from
+        self.vectors_ND = dense_ND
+        if low:
+            self.vectors_ND = nn.functional.pad(dense_ND.bfloat16(), (0, 0, 0, -self.n % MOST_LANES))
+        # what the last products are taken from: nothing but the table where that would be another copy
+        self.full_ND = dense_ND if not low or _held(self.table, dense_ND) else None
 
     @classmethod
     def over(cls, table: Table, params: ExactParams) -> Exact:
@@ -72,7 +83,7 @@ class Exact(Index):
         queries_BD = queries_BD.float().contiguous()
         if allowed is not None:
             rows_R = np.flatnonzero(allowed)
-            if len(rows_R) <= max(self.n // 8, 4 * BLOCK):
+            if len(rows_R) <= max(self.n // 8, MOST_LANES):
                 return scan(self.table, queries_BD, rows_R, k)
         mask_N = None if allowed is None else torch.from_numpy(~allowed)
         step = max(1, CELLS // max(self.n, 1))
@@ -82,29 +93,75 @@ class Exact(Index):
         return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
     def _search(self, queries_BD: Tensor, k: int, mask_N: Tensor | None) -> Found:
-        scores_BN = queries_BD.to(self.vectors_ND.dtype) @ self.vectors_ND.T
+        low = self.vectors_ND.dtype == torch.bfloat16
+        scores_BN = self._room(len(queries_BD))
+        goal = scores_BN[:, : len(self.vectors_ND)]
+        torch.mm(queries_BD.to(goal.dtype), self.vectors_ND.T, out=goal)
+        scores_BN[:, self.n :] = -torch.inf
         if mask_N is not None:
-            scores_BN.masked_fill_(mask_N, -torch.inf)
-        want = k + SLACK if self.full_ND is not None else k + max(k // 2, 2 * SLACK)
+            scores_BN[:, : self.n].masked_fill_(mask_N, -torch.inf)
+        want = k + max(k // 4, SLACK) if low else k + SLACK
         rows_BC = _best(scores_BN, min(want, self.n))
         return rescored(self.table, queries_BD, rows_BC, k, self.full_ND)
 
+    def _room(self, b: int) -> Tensor:
+        """Memory for a batch's scores, a thread's own and kept: new megabytes cost page faults each time."""
+        wide = self.n + -self.n % MOST_LANES
+        if getattr(self._rooms, "cells", None) is None or self._rooms.cells.numel() < b * wide:
+            self._rooms.cells = torch.empty(b * wide, dtype=self.vectors_ND.dtype)
+        cells: Tensor = self._rooms.cells
+        return cells[: b * wide].view(b, wide)
+
 
 def _best(scores_BN: Tensor, want: int) -> Tensor:
-    """Rows int64[B, want] of the greatest scores in no order that counts; -1 where a score is -inf."""
+    """Rows int64[B, C] of at least the `want` greatest scores, in no order that counts; -1 for none.
+
+    N is a multiple of MOST_LANES. Where many scores are equal, just `want` of them.
+    """
     b, n = scores_BN.shape
-    blocks = n // BLOCK
-    if want * 4 >= blocks:
-        top = scores_BN.topk(want, dim=1, sorted=False)
-        return top.indices.masked_fill(torch.isneginf(top.values), -1)
-    whole_BGS = scores_BN[:, : blocks * BLOCK].view(b, blocks, BLOCK)
-    picked_BW = whole_BGS.amax(dim=2).topk(want, dim=1, sorted=False).indices
-    lanes_S = torch.arange(BLOCK)
-    rows_BM = (picked_BW.unsqueeze(2) * BLOCK + lanes_S).flatten(1)
-    rest_R = torch.arange(blocks * BLOCK, n).expand(b, -1)
-    rows_BM = torch.cat([rows_BM, rest_R], dim=1)
-    top = scores_BN.gather(1, rows_BM).topk(want, dim=1, sorted=False)
-    return rows_BM.gather(1, top.indices).masked_fill(torch.isneginf(top.values), -1)
+    lanes = MOST_LANES
+    while lanes > 8 and (n < 8 * want * lanes or n < lanes**2 * want):
+        lanes //= 2  # so many that looking into the groups costs as little as finding them
+    groups = n // lanes
+    if groups < 4 * want:
+        return _by_looking_at_each(scores_BN, want)
+    keys_BN = scores_BN.view(torch.int16 if scores_BN.element_size() == 2 else torch.int32).numpy()
+    best_BS, edge_B = _edges(keys_BN, lanes, want)
+    if edge_B.min(initial=1) <= 0:  # as whole numbers the bits are in order above zero only
+        keys_BN = np.where(keys_BN < 0, keys_BN ^ np.iinfo(keys_BN.dtype).max, keys_BN)
+        best_BS, edge_B = _edges(keys_BN, lanes, want)
+    query_P, group_P = np.divmod(np.flatnonzero(best_BS >= edge_B[:, None]), groups)
+    cells_PL = (query_P * n + group_P)[:, None] + np.arange(0, n, groups)
+    reached = np.flatnonzero(keys_BN.reshape(-1).take(cells_PL) >= edge_B[query_P, None])
+    query_C, row_C = np.divmod(cells_PL.reshape(-1)[reached], n)
+    count_B = np.bincount(query_C, minlength=b)
+    if count_B.max(initial=0) > 4 * want:
+        return _by_looking_at_each(scores_BN, want)
+    place_C = np.arange(len(query_C)) - (np.cumsum(count_B) - count_B)[query_C]
+    rows_BC = np.full((b, int(count_B.max(initial=0))), -1)
+    rows_BC[query_C, place_C] = row_C
+    found_BC = torch.from_numpy(rows_BC)
+    lost_BC = torch.isneginf(scores_BN.gather(1, found_BC.clamp(min=0)))
+    return found_BC.masked_fill_(lost_BC, -1)
+
+
+def _edges(keys_BN: NDArray[Any], lanes: int, want: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The best of each group [B, S], and the want-th greatest of them [B]."""
+    b, n = keys_BN.shape
+    best_BS = keys_BN.reshape(b, lanes, n // lanes).max(axis=1)
+    at = n // lanes - want
+    return best_BS, np.partition(best_BS, at, axis=1)[:, at]
+
+
+def _by_looking_at_each(scores_BN: Tensor, want: int) -> Tensor:
+    """Rows int64[B, want] of the greatest scores; -1 where the score is -inf."""
+    top = scores_BN.topk(want, dim=1, sorted=False)
+    return top.indices.masked_fill(torch.isneginf(top.values), -1)
+
+
+def _held(table: Table, dense_ND: Tensor) -> bool:
+    """Whether the table's own memory is what it gives as `dense`."""
+    return any(t.data_ptr() == dense_ND.data_ptr() for t in (*table.parameters(), *table.buffers()))
 
 
 def _has_bf16() -> bool:

@@ -25,8 +25,10 @@ from recray.models.embeddings import DenseTable, Table
 INDEXES = {  # name -> module:class, imported when asked for
     "exact": "recray.retrieval.exact:Exact",
     "hnsw": "recray.retrieval.hnsw:Hnsw",
+    "ivf": "recray.retrieval.ivf:Ivf",
 }
 
+_NO_ROW = 0xFFFFFFFF  # -1 as 32 bits without a sign: behind every row
 Found = tuple[NDArray[np.float32], NDArray[np.int64]]  # scores f32[B, k], rows int64[B, k]
 
 
@@ -95,9 +97,14 @@ def build_index(name: str, vectors: Table | Tensor, params: Mapping[str, Any] | 
 def ordered(scores: NDArray[np.float32], rows: NDArray[np.int64], k: int) -> Found:
     """The best k of each line, best first and equal scores by row; padded to k with (-inf, -1)."""
     b, width = rows.shape
-    rows = np.where(np.isneginf(scores), -1, rows)
-    order = np.lexsort((rows, -scores), axis=-1)[:, :k]
-    scores, rows = np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+    # one whole number a candidate that sorts as it should: the score turned round above, the row below
+    bits = (scores + np.float32(0)).view(np.int32)  # + 0 makes -0 and 0 one
+    falling = np.where(bits < 0, bits & 0x7FFFFFFF, ~bits).astype(np.int64)
+    lost = np.isneginf(scores)
+    keys = np.sort((falling << 32) | np.where(lost, _NO_ROW, rows & _NO_ROW), axis=1)[:, :k]
+    rows = (keys & _NO_ROW).astype(np.uint32).view(np.int32).astype(np.int64)
+    falling = (keys >> 32).astype(np.int32)
+    scores = np.where(falling < 0, ~falling, falling | np.int32(-(2**31))).astype(np.int32).view(np.float32)
     if width < k:
         scores = np.concatenate([scores, np.full((b, k - width), -np.inf, np.float32)], axis=1)
         rows = np.concatenate([rows, np.full((b, k - width), -1, np.int64)], axis=1)

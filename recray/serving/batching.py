@@ -1,100 +1,167 @@
-"""Concurrent calls answered together: a queue in front of an executor of our own.
+"""Concurrent calls answered together, on threads of our own or by one call of another process.
 
-A call waits only while every thread is busy; whatever has gathered by then goes as one batch. So a
-lone client pays nothing, and the batch grows with the load. One event loop owns a batcher.
+A call waits only while everything that could take it is busy; whatever has gathered by then goes as one
+batch. So a lone client pays nothing, and the batch grows with the load. One event loop owns a batcher.
 """
 
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Generic, TypeVar
 
 Ask = TypeVar("Ask")
 Answer = TypeVar("Answer")
+Results = list[Answer | BaseException]
 
 
-class Batcher(Generic[Ask, Answer]):
-    """Calls `run(asks) -> answers`, in order and of the same number, on `threads` threads.
+class _Gathered(ABC, Generic[Ask, Answer]):
+    """Gathers asks into batches of at most `max_size`, `slots` of which are out at a time.
 
-    A caller that hangs up is skipped, before its batch starts or after. When a batch raises, its asks
-    are run again one by one, so that only those at fault see the error.
+    A caller that hangs up is skipped, before its batch starts or after.
     """
 
-    def __init__(
-        self, run: Callable[[Sequence[Ask]], Sequence[Answer]], *, max_size: int, threads: int = 1
-    ) -> None:
-        if max_size < 1 or threads < 1:
-            raise ValueError(f"max_size {max_size} and threads {threads} must be at least 1")
-        self._run, self._max_size, self._threads = run, max_size, threads
-        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="recray-model")
-        self._waiting: deque[tuple[Ask, asyncio.Future[Answer]]] = deque()
+    def __init__(self, *, max_size: int, slots: int, wait_s: float | None = None) -> None:
+        if max_size < 1 or slots < 1:
+            raise ValueError(f"max_size {max_size} and slots {slots} must be at least 1")
+        self._max_size, self._slots, self._wait_s = max_size, slots, wait_s
+        self._waiting: deque[tuple[Ask, asyncio.Future[Answer], float]] = deque()
         self._busy = 0
+        self._timer: asyncio.TimerHandle | None = None
         self.sizes: deque[int] = deque(maxlen=1000)  # of the newest batches
 
     async def __call__(self, ask: Ask) -> Answer:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer] = loop.create_future()
-        self._waiting.append((ask, future))
-        loop.call_soon(self._start, loop)  # after the others that arrived in this turn of the loop
+        self._waiting.append((ask, future, loop.time()))
+        if len(self._waiting) == 1:  # later, so that all that arrive in this turn of the loop go together
+            loop.call_soon(self._start, loop)
         return await future
 
-    def close(self) -> None:
-        """Let running batches end; later calls fail."""
-        self._executor.shutdown(wait=False)
+    @abstractmethod
+    def _work(self, loop: asyncio.AbstractEventLoop, asks: list[Ask]) -> asyncio.Future[Results[Answer]]:
+        """Begin to answer a batch: one answer, or what went wrong with it, for each ask."""
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
-        while self._busy < self._threads and self._waiting:
-            batch: list[tuple[Ask, asyncio.Future[Answer]]] = []
+        while self._waiting and (self._busy < self._slots or self._overdue(loop)):
+            batch: list[Ask] = []
+            futures: list[asyncio.Future[Answer]] = []
             while self._waiting and len(batch) < self._max_size:
-                ask, future = self._waiting.popleft()
+                ask, future, _ = self._waiting.popleft()
                 if not future.done():
-                    batch.append((ask, future))
+                    batch.append(ask)
+                    futures.append(future)
             if not batch:
                 return
             self._busy += 1
             self.sizes.append(len(batch))
             try:
-                work = loop.run_in_executor(self._executor, self._answers, [ask for ask, _ in batch])
+                work = self._work(loop, batch)
             except RuntimeError as error:  # closed
                 self._busy -= 1
-                _settle(batch, [error] * len(batch))
+                _settle(futures, [error] * len(batch))
                 continue
-            work.add_done_callback(partial(self._finish, loop, [future for _, future in batch]))
+            work.add_done_callback(partial(self._finish, loop, futures))
+        if self._waiting and self._wait_s is not None and self._timer is None:
+            due = self._waiting[0][2] + self._wait_s
+            self._timer = loop.call_at(due, self._ring, loop)
 
-    def _answers(self, asks: list[Ask]) -> list[Answer | BaseException]:
-        try:
-            answers = list(self._run(asks))
-            if len(answers) != len(asks):
-                raise RuntimeError(f"{len(answers)} answers to {len(asks)} asks")
-            return list(answers)
-        except Exception as error:
-            if len(asks) == 1:
-                return [error]
-        return [answer for ask in asks for answer in self._answers([ask])]
+    def _ring(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._timer = None
+        self._start(loop)
+
+    def _overdue(self, loop: asyncio.AbstractEventLoop) -> bool:
+        """Whether the oldest ask has waited for as long as it may."""
+        return self._wait_s is not None and loop.time() >= self._waiting[0][2] + self._wait_s
 
     def _finish(
         self,
         loop: asyncio.AbstractEventLoop,
         futures: list[asyncio.Future[Answer]],
-        work: asyncio.Future[list[Answer | BaseException]],
+        work: asyncio.Future[Results[Answer]],
     ) -> None:
         self._busy -= 1
         try:
             results = work.result()
         except (Exception, asyncio.CancelledError) as error:
             results = [error] * len(futures)
-        _settle([(None, future) for future in futures], results)
+        _settle(futures, results)
         self._start(loop)
 
 
-def _settle(
-    batch: Sequence[tuple[object, asyncio.Future[Answer]]], results: Sequence[Answer | BaseException]
-) -> None:
-    for (_, future), result in zip(batch, results, strict=True):
+class Batcher(_Gathered[Ask, Answer]):
+    """Calls `run(asks) -> answers`, in order and of the same number, on `threads` threads.
+
+    When a batch raises, its asks are run again one by one, so that only those at fault see the error.
+    """
+
+    def __init__(
+        self, run: Callable[[Sequence[Ask]], Sequence[Answer]], *, max_size: int, threads: int = 1
+    ) -> None:
+        super().__init__(max_size=max_size, slots=threads)
+        self._run = run
+        self._executor = ThreadPoolExecutor(threads, thread_name_prefix="recray-model")
+
+    def close(self) -> None:
+        """Let running batches end; later calls fail."""
+        self._executor.shutdown(wait=False)
+
+    def _work(self, loop: asyncio.AbstractEventLoop, asks: list[Ask]) -> asyncio.Future[Results[Answer]]:
+        return loop.run_in_executor(self._executor, isolated, self._run, asks)
+
+
+class Sender(_Gathered[Ask, Answer]):
+    """Awaits `send(asks) -> answers`, in order and of the same number, for at most `in_flight` at a time.
+
+    An ask that has waited for `wait_s` goes all the same. When a batch raises, its asks are sent again one
+    by one, so that only those at fault see the error; an error among the answers is one ask's alone.
+    """
+
+    def __init__(
+        self,
+        send: Callable[[Sequence[Ask]], Awaitable[Sequence[Answer | BaseException]]],
+        *,
+        max_size: int,
+        in_flight: int,
+        wait_s: float,
+    ) -> None:
+        super().__init__(max_size=max_size, slots=in_flight, wait_s=wait_s)
+        self._send = send
+
+    def _work(self, loop: asyncio.AbstractEventLoop, asks: list[Ask]) -> asyncio.Future[Results[Answer]]:
+        return loop.create_task(self._sent(asks))
+
+    async def _sent(self, asks: list[Ask]) -> Results[Answer]:
+        try:
+            answers = list(await self._send(asks))
+            if len(answers) != len(asks):
+                raise RuntimeError(f"{len(answers)} answers to {len(asks)} asks")
+            return answers
+        except Exception as error:
+            if len(asks) == 1:
+                return [error]
+        return [answer for ask in asks for answer in await self._sent([ask])]
+
+
+def isolated(run: Callable[[Sequence[Ask]], Sequence[Answer]], asks: Sequence[Ask]) -> Results[Answer]:
+    """The answers of `run`; when a batch raises, its asks are run one by one, each with its own error."""
+    try:
+        answers: Results[Answer] = list(run(asks))
+        if len(answers) != len(asks):
+            raise RuntimeError(f"{len(answers)} answers to {len(asks)} asks")
+        return answers
+    except Exception as error:
+        if len(asks) == 1:
+            return [error]
+    return [answer for ask in asks for answer in isolated(run, [ask])]
+
+
+def _settle(futures: Sequence[asyncio.Future[Answer]], results: Sequence[Answer | BaseException]) -> None:
+    for future, result in zip(futures, results, strict=True):
         if future.done():  # its caller hung up: setting a result would raise and starve the others
             continue
         if isinstance(result, BaseException):

@@ -29,6 +29,7 @@ from recray.serving.schema import ApiError
 access = logging.getLogger("recray.access")
 log = logging.getLogger("recray.serving")
 
+RECOMMEND = "/v1/recommend"
 _ASKED = re.compile(r"/v1/")  # what needs the token; health and documentation hold no data
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -60,13 +61,10 @@ def build_asgi(answerer: Answerer, *, token_digest: str | None = None) -> ASGIAp
     document = orjson.dumps(schema.openapi(__version__))
     html = page(schema.openapi(__version__))
 
-    async def recommend(request: Request) -> Response:
-        ask = schema.parse_recommend(await _json_body(request))
-        return _replied(request, await answerer.recommend(ask))
-
     async def similar(request: Request) -> Response:
         query = schema.parse_similar(request.query_params)
-        return _replied(request, await answerer.similar(request.path_params["id"], query.k))
+        reply = await answerer.similar(request.path_params["id"], query.k)
+        return Response(_told(request.scope["state"], reply), media_type="application/json")
 
     async def healthz(request: Request) -> Response:
         return _json({"status": "ok"})
@@ -82,7 +80,6 @@ def build_asgi(answerer: Answerer, *, token_digest: str | None = None) -> ASGIAp
 
     router = Router(
         [
-            Route("/v1/recommend", recommend, methods=["POST"]),
             Route("/v1/items/{id:path}/similar", similar, methods=["GET"]),
             Route("/healthz", healthz),
             Route("/readyz", readyz),
@@ -91,7 +88,24 @@ def build_asgi(answerer: Answerer, *, token_digest: str | None = None) -> ASGIAp
         ],
         redirect_slashes=False,
     )
-    return _Gate(router, token_digest)
+    return _Gate(router, _Recommend(answerer), token_digest)
+
+
+class _Recommend:
+    """POST /v1/recommend, where the time goes: from message to message, with nothing between."""
+
+    def __init__(self, answerer: Answerer) -> None:
+        self._answerer = answerer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] != "POST":
+            raise HTTPException(405, headers={"Allow": "POST"})
+        ask = schema.parse_recommend(await _json_body(scope, receive))
+        body = _told(scope["state"], await self._answerer.recommend(ask))
+        length = (b"content-length", str(len(body)).encode())
+        headers = [length, (b"content-type", b"application/json")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
 
 
 _CSP = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
@@ -100,15 +114,15 @@ _CSP = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline
 class _Gate:
     """Around every request: an id, the token, errors as bodies, one line in the access log."""
 
-    def __init__(self, app: ASGIApp, token_digest: str | None) -> None:
-        self._app, self._token_digest = app, token_digest
+    def __init__(self, app: ASGIApp, recommend: ASGIApp, token_digest: str | None) -> None:
+        self._app, self._recommend, self._token_digest = app, recommend, token_digest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         start = time.perf_counter()
-        headers = dict(scope["headers"])
+        headers, path = dict(scope["headers"]), _path(scope)
         request_id = headers.get(b"x-request-id", b"").decode("latin-1")
         if not _REQUEST_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
@@ -124,8 +138,12 @@ class _Gate:
             await send(message)
 
         try:
-            self._check_token(scope, headers)
-            await self._app(scope, receive, send_and_note)
+            self._check_token(path, headers)
+            if path == RECOMMEND:
+                state["route"] = RECOMMEND
+                await self._recommend(scope, receive, send_and_note)
+            else:
+                await self._app(scope, receive, send_and_note)
         except ApiError as error:
             await _refused(error, request_id)(scope, receive, send_and_note)
         except HTTPException as error:
@@ -144,8 +162,8 @@ class _Gate:
             if access.isEnabledFor(logging.INFO):
                 access.info(_access_line(scope, status, time.perf_counter() - start))
 
-    def _check_token(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
-        if self._token_digest is None or not _ASKED.match(_path(scope)):
+    def _check_token(self, path: str, headers: dict[bytes, bytes]) -> None:
+        if self._token_digest is None or not _ASKED.match(path):
             return
         given = headers.get(b"authorization", b"").decode("latin-1")
         if not auth.allowed(given, self._token_digest):
@@ -161,12 +179,12 @@ def _path(scope: Scope) -> str:
 def _access_line(scope: Scope, status: int, seconds: float) -> str:
     """No ids of users or items, no histories, no addresses: the route's pattern, not its path."""
     state = scope.get("state", {})
-    route = scope.get("route")
+    route = state.get("route") or getattr(scope.get("route"), "path", None)
     return orjson.dumps(
         {
             "request_id": state.get("request_id"),
             "method": scope["method"][:16],
-            "route": getattr(route, "path", None),
+            "route": route,
             "status": status,
             "ms": round(seconds * 1e3, 2),
             **state.get("noted", {}),
@@ -174,15 +192,38 @@ def _access_line(scope: Scope, status: int, seconds: float) -> str:
     ).decode()
 
 
-async def _json_body(request: Request) -> object:
+class _Within:
+    """A block that is given up after `seconds`, which raises TimeoutError; lighter than a task of its own."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._late = seconds, False
+
+    def __enter__(self) -> None:
+        self._task = asyncio.current_task()
+        self._timer = asyncio.get_running_loop().call_later(self._seconds, self._end)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._timer.cancel()
+        if self._late and kind is asyncio.CancelledError:
+            if self._task is not None and hasattr(self._task, "uncancel"):
+                self._task.uncancel()
+            raise TimeoutError from None
+
+    def _end(self) -> None:
+        self._late = True
+        if self._task is not None:
+            self._task.cancel()
+
+
+async def _json_body(scope: Scope, receive: Receive) -> object:
     """The decoded body, read no further and no longer than allowed. Raises ApiError 400, 408, 413."""
-    too_large = ApiError(413, "body_too_large", f"the body is above {schema.MAX_BODY} bytes", "body")
-    declared = request.headers.get("content-length", "")
+    declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
     if declared.isdigit() and (len(declared) > 18 or int(declared) > schema.MAX_BODY):
-        raise too_large
+        raise _too_large()
     try:
-        body = await asyncio.wait_for(_read_body(request, too_large), schema.BODY_S)
-    except asyncio.TimeoutError:
+        with _Within(schema.BODY_S):
+            body = await _read_body(receive)
+    except TimeoutError:
         words = f"the body did not arrive within {schema.BODY_S:g} s"
         raise ApiError(408, "body_too_slow", words, "body") from None
     try:
@@ -191,31 +232,43 @@ async def _json_body(request: Request) -> object:
         raise ApiError(400, "not_json", f"the body is not JSON: {error}"[:300], "body") from None
 
 
-async def _read_body(request: Request, too_large: ApiError) -> bytes:
-    parts, size = [], 0
-    async for part in request.stream():
+async def _read_body(receive: Receive) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        part = message.get("body", b"")
         size += len(part)
         if size > schema.MAX_BODY:
-            raise too_large
+            raise _too_large()
         parts.append(part)
-    return b"".join(parts)
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def _replied(request: Request, reply: Reply) -> Response:
-    request.state.noted = {
+def _too_large() -> ApiError:
+    return ApiError(413, "body_too_large", f"the body is above {schema.MAX_BODY} bytes", "body")
+
+
+def _told(state: dict[str, Any], reply: Reply) -> bytes:
+    """The body of an answer; what the access log says of it goes into the request's state."""
+    state["noted"] = {
         "generation": reply.generation,
         "items": len(reply.items),
         "degraded": reply.degraded,
         "timing_ms": reply.timing_ms,
     }
-    return _json(
+    return orjson.dumps(
         {
-            "request_id": request.state.request_id,
+            "request_id": state["request_id"],
             "generation": reply.generation,
             "items": reply.items,
             "degraded": reply.degraded,
             "timing_ms": reply.timing_ms,
-        }
+        },
+        option=orjson.OPT_SERIALIZE_NUMPY,
     )
 
 

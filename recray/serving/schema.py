@@ -124,10 +124,30 @@ def parse_recommend(body: object) -> RecommendRequest:
     """Validate a decoded JSON body. Raises ApiError (422)."""
     if not isinstance(body, dict):
         raise ApiError(422, "invalid_value", "the body must be a JSON object", "body")
+    if _is_plain(body):
+        return RecommendRequest.model_construct(None, **body)
     try:
         return RecommendRequest.model_validate(body)
     except ValidationError as error:
         raise _refusal(error, body, "body") from None
+
+
+def _is_plain(body: dict[Any, Any]) -> bool:
+    """Whether a body is sound and holds nothing but text ids and a count, as most do; the model would say
+    the same ten times as slowly."""
+    for name, value in body.items():
+        if name in ("history", "exclude"):
+            if type(value) is not list or len(value) > MAX_LIST:
+                return False
+            for one in value:
+                if type(one) is not str or not 0 < len(one) <= MAX_ID:
+                    return False
+        elif name == "user":
+            if type(value) is not str or not 0 < len(value) <= MAX_ID:
+                return False
+        elif name != "k" or type(value) is not int or not 1 <= value <= MAX_K:
+            return False
+    return True
 
 
 def parse_similar(query: Mapping[str, str]) -> SimilarQuery:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from recray import config
 from recray.errors import ConfigError
@@ -17,16 +17,35 @@ from recray.errors import ConfigError
 DEPLOYMENTS = ("Ingress", "Retriever", "Ranker")
 
 
+Layout = Literal["auto", "fused", "split"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """How requests are gathered in an ingress replica before they go anywhere."""
+
+    size: int = 32  # concurrent requests that are answered together
+    in_flight: int = 2  # split: batches that are on their way at a time
+    wait_ms: float = 50.0  # split: after so long a batch goes, however many are on their way
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.in_flight < 1 or not self.wait_ms >= 0:
+            raise ConfigError(
+                f"size {self.size} and in_flight {self.in_flight} must be at least 1, "
+                f"wait_ms {self.wait_ms} at least 0",
+                where="batch",
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One stage with a model."""
 
     threads: int = 1  # of the executor in a replica, each running one batch at a time
-    max_batch: int = 16  # concurrent requests that are answered together
 
     def __post_init__(self) -> None:
-        if self.threads < 1 or self.max_batch < 1:
-            raise ConfigError(f"threads {self.threads} and max_batch {self.max_batch} must be at least 1")
+        if self.threads < 1:
+            raise ConfigError(f"threads {self.threads} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +56,9 @@ class GraphArgs:
     token_file: str | None = None  # read by each ingress replica; else $RECRAY_TOKEN, else no token
     token_digest: str | None = None  # sha256 of the token as hex, in place of the token itself
     access_log: bool = True  # one line of JSON a request, on standard error of the ingress replica
-    retriever: Stage = field(default_factory=Stage)
+    layout: Layout = "auto"  # fused: models in the ingress replica; auto: see `planning`
+    batch: Batch | None = None  # None: as planned
+    retriever: Stage = field(default_factory=Stage)  # of a fused replica: its threads
     ranker: Stage = field(default_factory=Stage)
 
 

@@ -298,8 +298,7 @@ class _Run:
             perturbed(self.tables.values(), train.adversarial),
             torch.autocast(self.device.type, torch.bfloat16, enabled=train.precision == "bf16"),
         ):
-            worse = train.adversarial_weight * self.model.loss(batch)
-            worse.backward()  # type: ignore[no-untyped-call]
+            self.model.loss(batch).backward()  # type: ignore[no-untyped-call]
 
     def _sound_state(self) -> State:
         """The present state. Raises TrainingError, on every rank, where a table holds what is no number."""

@@ -1,4 +1,4 @@
-"""What this machine can do: how much memory is free, and how quickly a rank here would work.
+"""What this machine can do: how quickly a rank here would work.
 
 Every rate is the best of a few short runs, measured with what a step is made of: a plan is for a machine
 that does nothing else.
@@ -11,10 +11,10 @@ import itertools
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
+from recray.memory import free_memory
 from recray.training.layout import Layout
 from recray.training.plan import Machine
 from recray.training.routing import distinct
@@ -42,41 +42,6 @@ def measured_machine(*, memory: int | None = None, shared_by: int = 1) -> Machin
         call_s=call_s,
         **({"wire": bandwidth / _COPIES, "latency": _LATENCY} if shared_by > 1 else {}),
     )
-
-
-def free_memory() -> int:
-    """Bytes that this process could still use: free ones and caches, within its control group's limit."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for line in _lines("/proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            free = int(line.split()[1]) << 10
-    for line in _lines("/proc/self/cgroup"):
-        _, controllers, path = line.strip().split(":", 2)
-        if controllers in ("", "memory"):
-            root = f"/sys/fs/cgroup/{controllers}"
-            # inside a container the group's path is that of the host, and the group itself the root
-            for group in (f"{root}/{path.strip('/')}", root):
-                free = min(free, _left(group))
-    return max(1, free)
-
-
-def _left(group: str) -> int:
-    """Bytes up to the limit of a control group, caches that can be dropped not counted as used."""
-    names = [("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")]
-    for limit, used in names:
-        words = [*_lines(f"{group}/{limit}"), *_lines(f"{group}/{used}")]
-        if len(words) == 2 and words[0].strip().isdigit():
-            stat = dict(line.split() for line in _lines(f"{group}/memory.stat"))
-            dropped = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
-            return int(words[0]) - int(words[1]) + dropped
-    return 1 << 62
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
 
 
 @functools.cache

@@ -35,11 +35,12 @@ from ray.train.v2.api.report_config import CheckpointConsistencyMode, Checkpoint
 from recray import config, connect
 from recray.errors import ArtefactError, InputError, RecrayError
 from recray.manifest import digest
-from recray.models import build_model, model_class
+from recray.models import model_class
 from recray.models.base import Catalogue, Model
 from recray.models.saved import save_model
 from recray.recipes import Recipe
 from recray.storage import Place, place, write_file
+from recray.training.beginning import begun
 from recray.training.checkpoint import EpochReport, State
 from recray.training.following import EPOCHS, Log, Told, Watch, followed
 from recray.training.loop import fit, pick_device
@@ -169,8 +170,7 @@ def _worker(job: Mapping[str, Any]) -> None:
             raise InputError("was changed while the run was going on", where=dataset.artefact.place)
         catalogue, seed = Catalogue.of(dataset), recipe.train.seed
         gradient, last = model_class(recipe.model).gradient, ray.train.get_checkpoint()
-        model = build_model(recipe.model, catalogue, recipe.options, seed=seed, allocate=not gradient)
-        model.see(dataset)
+        model = begun(recipe, dataset)
         with contextlib.ExitStack() as stack:
             if not gradient:
                 return _solve(outbox, model, dataset, seed) if last is None else None

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load_file
@@ -29,6 +30,7 @@ from recray.models.base import Catalogue, Model, Ranker, Retriever
 from recray.models.saved import WEIGHTS, catalogue_report, load_state, save_model
 from recray.recipes import Recipe, Train
 from recray.storage import Place, check_writable, place, write_file
+from recray.training.beginning import begun, behind
 from recray.training.checkpoint import (
     EpochReport,
     Position,
@@ -80,15 +82,14 @@ def train(
     started = time.perf_counter()
     kind, catalogue = model_class(recipe.model), Catalogue.of(dataset)
     first = None if retriever is None else first_stage(retriever, dataset, kind, alone=not workers)
+    parents = behind(recipe, dataset) | ({} if retriever is None else {"retriever": retriever})
     if not kind.gradient and not (workers and kind.shares_fit):
-        if workers:
-            progress.say(f"{recipe.model} is fitted in one process, without workers")
-        model, measured = _fit_here(dataset, recipe, catalogue)
+        model, measured = _fit_here(dataset, recipe, catalogue, told=bool(workers))
         return _leave(target, dataset, recipe, model, {"fit": measured}, started)
     if not workers:  # a worker asks for itself, where it runs
         check_room(recipe, catalogue, pick_device(recipe.train.device))
     with (
-        _run_folder(target, dataset, recipe, bool(workers), retriever) as run,
+        _run_folder(target, dataset, recipe, bool(workers), parents) as run,
         tracked(recipe, target, run.folder) as log,
     ):
         if workers:
@@ -120,7 +121,7 @@ def train(
         progress.say(f"trained {recipe.name} in {seconds:.1f} s{_kept(position)}")
         if first is not None:
             best, report["two_stages"] = _together(best, run.folder, dataset, recipe, first)
-        made = _leave(target, dataset, recipe, best, report, started, retriever)
+        made = _leave(target, dataset, recipe, best, report, started, parents)
         run.remove()
     return made
 
@@ -139,12 +140,15 @@ def check(train: Train) -> None:
     """Raise ConfigError for a number that cannot be trained with."""
     least = {"epochs": 1, "batch_size": 1, "accumulate": 1, "candidates": 1}
     least |= dict.fromkeys(("warmup_steps", "patience", "threads", "seed", "valid_users", "save_steps"), 0)
-    least |= dict.fromkeys(("clip_norm", "weight_decay", "table_lr", "adversarial", "adversarial_weight"), 0)
+    least |= dict.fromkeys(("clip_norm", "weight_decay", "table_lr", "adversarial"), 0)
+    least |= {"teach_top": 1}
     for name, bound in least.items():
         if not getattr(train, name) >= bound:
             raise ConfigError(f"train.{name} is {getattr(train, name)}", fix=f"it must be {bound} or more")
     if not 0 < train.lr < float("inf"):
         raise ConfigError(f"train.lr is {train.lr}", fix="it must be above 0")
+    if not (0 <= train.teach_weight <= 1 and 0 < train.teach_temperature < float("inf")):
+        raise ConfigError("train.teach_weight is a share, and train.teach_temperature above 0", where="train")
     wanted(train.track)
 
 
@@ -157,8 +161,12 @@ def check_workers(workers: int | tuple[int, int]) -> None:
         raise ConfigError(f"workers is {workers}", fix="a range is (least, most), of 1 or more")
 
 
-def _fit_here(dataset: Dataset, recipe: Recipe, catalogue: Catalogue) -> tuple[Model, dict[str, float]]:
-    """Fit a model in closed form; gives it, and what it measured."""
+def _fit_here(
+    dataset: Dataset, recipe: Recipe, catalogue: Catalogue, *, told: bool
+) -> tuple[Model, dict[str, float]]:
+    """Fit a model in closed form; gives it, and what it measured. `told`: say that it is done here."""
+    if told:
+        progress.say(f"{recipe.model} is fitted in one process, without workers")
     model = build_model(recipe.model, catalogue, recipe.options, seed=recipe.train.seed)
     model.see(dataset)
     measured = dict(model.fit(dataset, seed=recipe.train.seed))
@@ -190,9 +198,7 @@ def _train_here(
         progress.say(f"going on after epoch {done.epoch} of {recipe.train.epochs}")
         for epoch in done.history:  # one may have been kept and not logged
             log(epoch, 1)
-    catalogue, seed = Catalogue.of(dataset), recipe.train.seed
-    model = build_model(recipe.model, catalogue, recipe.options, seed=seed, allocate=False)
-    model.see(dataset)
+    model = begun(recipe, dataset)
     if first is not None:
         assert isinstance(model, Ranker)
         model.mined = mine(first, dataset, recipe.train.candidates, run.folder)
@@ -238,7 +244,7 @@ def _leave(
     made: Model | Path,
     report: dict[str, Any],
     started: float,
-    retriever: Artefact | None = None,
+    parents: Mapping[str, Artefact] = MappingProxyType({}),
 ) -> Artefact:
     """Write the checkpoint artefact: of a model, of the file of one, or of a state's folder."""
 
@@ -256,7 +262,7 @@ def _leave(
         target,
         "checkpoint",
         fill,
-        parents={"dataset": dataset.artefact, **({"retriever": retriever} if retriever else {})},
+        parents={"dataset": dataset.artefact, **parents},
         recipe=config.as_dict(recipe),
         report={"catalogue": catalogue, "seconds": seconds, **report},
     )
@@ -287,7 +293,7 @@ class RunFolder:
 
 @contextlib.contextmanager
 def _run_folder(
-    target: Place, dataset: Dataset, recipe: Recipe, on_ray: bool, retriever: Artefact | None
+    target: Place, dataset: Dataset, recipe: Recipe, on_ray: bool, parents: Mapping[str, Artefact]
 ) -> Iterator[RunFolder]:
     """The folder of this very run, locked; what another recipe or dataset left there is removed.
 
@@ -298,7 +304,7 @@ def _run_folder(
     identity = {
         "recipe": digest(config.as_dict(recipe)),
         "dataset": dataset.artefact.hash,
-        "retriever": retriever.hash if retriever else "",
+        **{role: parents[role].hash if role in parents else "" for role in ("retriever", "start", "teacher")},
         "version": recray.__version__,
         "engine": "ray" if on_ray else "process",
     }

@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 
 from recray.data.batches import frequencies
 from recray.errors import ConfigError, InputError
+from recray.memory import free_memory
 from recray.models import build_model, model_class
 from recray.models.base import Catalogue
 from recray.recipes import Recipe, Train
 from recray.training.layout import LARGEST
-from recray.training.machine import free_memory, measured_machine
+from recray.training.machine import measured_machine
 from recray.training.plan import Machine, TableWork, Work, check_fits, compare, make_plan
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ import numpy as np
 
 from recray import config, evaluation
 from recray.bundles.build import build
-from recray.bundles.plan import Plan, choices
+from recray.bundles.plan import Codecs, Plan, choices, codec_of
 from recray.compression.codec import codec_named
 from recray.data.dataset import Cases, Dataset, open_dataset
 from recray.manifest import Artefact, open_artefact
@@ -30,7 +30,11 @@ from recray.tuning.latency import Effort, measure, slot
 from recray.tuning.space import Dimension, Point, Scalar, Space
 from recray.tuning.trial import Outcome
 
-HNSW = {"links": (8, 48), "ef_search": (16, 256)}  # what varies of an hnsw index, on a log scale
+VARIES = {  # what varies of each index, on a log scale; no two have a parameter of one name
+    "hnsw": {"links": (8, 48), "ef_search": (16, 256)},
+    "ivf": {"probes": (4, 128), "refine": (1, 8)},
+}
+USED_BY = {name: index for index, ranges in VARIES.items() for name in ranges}
 CANDIDATES = (20, 400)
 ASKED = 500  # histories that are timed in turn
 K = 10
@@ -43,8 +47,10 @@ def plan_space(retriever: Retriever, ranker: Ranker | None) -> Space | None:
         for name, values in choices(retriever, ranker).items()
         if len(values) > 1
     ]
-    if any(d.name == "index" and "hnsw" in d.choices for d in dimensions):
-        dimensions += [Dimension(name, "int", low, high, log=True) for name, (low, high) in HNSW.items()]
+    indexes = next((d.choices for d in dimensions if d.name == "index"), ())
+    for index, ranges in VARIES.items():
+        if index in indexes:
+            dimensions += [Dimension(name, "int", *ends, log=True) for name, ends in ranges.items()]
     most = min(CANDIDATES[1], retriever.n_items)
     if ranker is not None and most > CANDIDATES[0]:
         dimensions.append(Dimension("candidates", "int", CANDIDATES[0], most, log=True))
@@ -55,9 +61,10 @@ def plan_space(retriever: Retriever, ranker: Ranker | None) -> Space | None:
 
 def plan_of(point: Mapping[str, Scalar]) -> Plan:
     """The plan that a point means; what it does not name is as in `Plan()`."""
-    fields: dict[str, Any] = {name: value for name, value in point.items() if name not in HNSW}
-    if fields.get("index") == "hnsw":
-        fields["index_params"] = {name: point[name] for name in HNSW if name in point}
+    fields: dict[str, Any] = {name: value for name, value in point.items() if name not in USED_BY}
+    own = {name: point[name] for name in VARIES.get(fields.get("index", ""), ()) if name in point}
+    if own:
+        fields["index_params"] = own
     return config.build(Plan, fields, where="plan")
 
 
@@ -68,9 +75,8 @@ def canonical(point: Mapping[str, Scalar]) -> dict[str, Any]:
 
 def tidy(point: Mapping[str, Scalar], usual: Mapping[str, Scalar]) -> Point:
     """The same plan, with the parameters of an index that is not used as they are in `usual`."""
-    if point.get("index") == "hnsw":
-        return dict(point)
-    return {name: usual[name] if name in HNSW else value for name, value in point.items()}
+    idle = {name for name, index in USED_BY.items() if point.get("index") != index}
+    return {name: usual[name] if name in idle else value for name, value in point.items()}
 
 
 def first_points(space: Space) -> list[Point]:
@@ -88,12 +94,14 @@ def table_bytes(point: Mapping[str, Scalar], retriever: Model, ranker: Model | N
     return _coded(retriever, plan.retriever_codec) + _coded(ranker, plan.ranker_codec)
 
 
-def _coded(model: Model | None, codec: str) -> int:
+def _coded(model: Model | None, codecs: Codecs) -> int:
     if model is None:
         return 0
-    how = codec_named(codec)
-    tables = [cast(Table, table) for table in model.tables.values()]
-    return sum(how.bytes_of(table.num_rows, table.dim) for table in tables)
+    tables = {name: cast(Table, table) for name, table in model.tables.items()}
+    return sum(
+        codec_named(codec_of(codecs, name)).bytes_of(table.num_rows, table.dim)
+        for name, table in tables.items()
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

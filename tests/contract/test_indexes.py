@@ -23,6 +23,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("exact", {"precision": "f32"}),
     ("hnsw", {"vectors": "sq8"}),
     ("hnsw", {"links": 16, "ef_search": 300, "threads": 2}),
+    ("ivf", {"codes": "sq8", "probes": 60, "threads": 2}),
+    ("ivf", {"lists": 40, "probes": 40, "refine": 8}),
 ]
 indexes = pytest.mark.parametrize(("name", "params"), CASES)
 

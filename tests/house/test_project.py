@@ -26,6 +26,7 @@ from tests.house.source import ROOT, modules, third_party, tree
 
 # A benchmark reports a missing one as missing; they live in environments of their own (tools/peers.sh).
 PEERS = {"torchrec", "fbgemm_gpu", "rectools", "pytorch_lightning", "sentence_transformers"}
+SOLD_BY = {"surprise": ["scikit-surprise"]}  # under another name, and perhaps not installed
 README = (ROOT / "README.md").read_text()
 GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("cluster/**/*.md")]
 
@@ -68,7 +69,7 @@ def test_every_direct_dependency_is_pinned_inside_its_range() -> None:
     ids=["recray", "tests", "benchmarks"],
 )  # fmt: skip
 def test_what_is_imported_is_declared(paths: list[Path], extras: tuple[str, ...]) -> None:
-    sold_by = metadata.packages_distributions()
+    sold_by = SOLD_BY | dict(metadata.packages_distributions())
     declared = _declared(*extras)
     tops = set().union(*(third_party(path) for path in paths))
     missing = {top for top in tops if not {_same(d) for d in sold_by.get(top, [top])} & declared}
@@ -76,7 +77,7 @@ def test_what_is_imported_is_declared(paths: list[Path], extras: tuple[str, ...]
 
 
 def test_what_is_declared_is_imported() -> None:
-    sold_by = metadata.packages_distributions()
+    sold_by = SOLD_BY | dict(metadata.packages_distributions())
     used = {_same(d) for path in modules() for top in third_party(path) for d in sold_by.get(top, [top])}
     indirectly = {"onnxscript", "pandas"}  # torch.onnx asks for the one, Ray Tune and Train for the other
     assert _declared() - used - indirectly == set()

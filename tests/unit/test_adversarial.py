@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cache
 from itertools import islice
 from typing import Any
 
 import pytest
 import torch
 
+from recray.data.sequences import Histories
 from recray.errors import ConfigError
 from recray.models import build_model
-from recray.models.base import Catalogue, Model
-from recray.training.adversarial import attacked, perturbed, worse
+from recray.models.base import Catalogue, Model, Retriever
+from recray.models.fgsm import fgsm
+from recray.training.adversarial import attacked, perturbed
 from recray.training.row_update import RowOptimizer
 from recray.training.tables import shard
 from recray.training.wire import AloneWire
@@ -43,10 +46,12 @@ def batch_of(model: Model) -> Any:
 def test_a_perturbation_is_as_long_as_it_should_be_and_goes_up() -> None:
     rows, grads = torch.randn(5, 8), torch.randn(5, 8)
     grads[3] = 0
-    moved = worse(rows, grads, SIZE)
-    lengths = (moved - rows).norm(dim=1) / rows.norm(dim=1)
+    grads[4, 2:] = 0  # what has no gradient stays
+    moved = fgsm(rows, grads, SIZE)
+    lengths = (moved - rows).norm(dim=1) / torch.stack([*rows[:4].norm(dim=1), rows[4, :2].norm()])
     torch.testing.assert_close(lengths, torch.tensor([SIZE, SIZE, SIZE, 0, SIZE]))
-    assert ((moved - rows) * grads).sum() > 0
+    assert (((moved - rows) * grads).sum(1) >= 0).all()
+    assert torch.equal((moved - rows).sign()[:3], grads.sign()[:3])
 
 
 def test_both_passes_give_the_gradients_that_autograd_gives() -> None:
@@ -57,7 +62,7 @@ def test_both_passes_give_the_gradients_that_autograd_gives() -> None:
     first = weight.grad.clone()
     before = weight.detach().clone()
     with torch.no_grad():
-        weight.copy_(worse(before, first, SIZE))
+        weight.copy_(fgsm(before, first, SIZE))
     plain.loss(batch).backward()  # type: ignore[no-untyped-call]
     both = weight.grad
 
@@ -86,14 +91,105 @@ def test_rows_are_what_they_were_after_it_and_the_loss_was_higher(loss: str) -> 
     assert torch.equal(model.loss(batch), first)
 
 
-def test_an_attack_moves_a_copy_as_far_as_it_says_and_hurts() -> None:
+def noisy(rows: torch.Tensor, size: float) -> torch.Tensor:
+    """Moved as far as an attack moves them, anywhere."""
+    away = torch.nn.functional.normalize(torch.randn(rows.shape, generator=torch.manual_seed(1)), dim=1)
+    return rows + size * rows.norm(dim=1, keepdim=True) * away
+
+
+def test_an_attack_moves_a_copy_as_far_as_it_says_and_hurts_more_than_noise() -> None:
     model = fresh(loss="softmax").eval()
     hurt = attacked(model, DATA, SIZE, batch_size=16)
     rows, moved = model.tables["item"].weight, hurt.tables["item"].weight
     torch.testing.assert_close((moved - rows).norm(dim=1), SIZE * rows.norm(dim=1))
-    batch = batch_of(model)
+    batch, noise = batch_of(model), fresh(loss="softmax").eval()
+    noise.tables["item"].weight.data = noisy(rows.detach(), SIZE)
+    assert hurt.loss(batch) > noise.loss(batch)
     assert hurt.loss(batch) > model.loss(batch)
     assert moved.grad is None
+
+
+@cache
+def factors() -> Any:
+    """BPR, fitted."""
+    model = build_model("bpr", Catalogue(23, {}), {"dim": 6, "epochs": 40, "batch": 64, "anchors": 7})
+    model.fit(DATA, seed=0)
+    return model.eval()
+
+
+def test_the_gradients_of_served_factors_are_those_of_autograd() -> None:
+    model = factors()
+    known = DATA.histories()
+    users = model.encode(known)[:, 0]
+    w = users.clone().requires_grad_()
+    h = model.item_vectors().detach().clone().requires_grad_()
+    loss = torch.zeros(())
+    for u in range(len(known)):
+        taken = sorted(set(known[u].tolist()))
+        others = [j for j in range(23) if j not in taken]
+        s = h @ w[u]
+        loss = loss + torch.nn.functional.softplus(s[others] - s[taken].unsqueeze(1)).sum() / 23
+    loss.backward()  # type: ignore[no-untyped-call]
+    by_user, by_item = model.gradients(known, users)
+    assert w.grad is not None
+    assert not by_user[:, -1].any()
+    torch.testing.assert_close(by_user[:, :-1], w.grad[:, :-1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(by_item, h.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_an_attack_on_served_factors_moves_users_and_items_and_hurts_more_than_noise() -> None:
+    model, known = factors(), DATA.histories()
+    assert torch.equal(served(attacked(model, DATA, 0.0)).score(known), model.score(known))
+    hurt = served(attacked(model, DATA, SIZE))
+    users, items = model.encode(known)[:, 0], model.item_vectors().detach()
+    moved_users, moved_items = hurt.encode(known)[:, 0], hurt.item_vectors()
+    torch.testing.assert_close((moved_items - items).norm(dim=1), SIZE * items.norm(dim=1))
+    vectors = users[:, :-1]
+    torch.testing.assert_close((moved_users - users).norm(dim=1), SIZE * vectors.norm(dim=1))
+    assert torch.equal(hurt.encode(Histories.of([[]])), model.encode(Histories.of([[]])))
+    noisy_users = torch.cat([noisy(vectors, SIZE), users[:, -1:]], 1)
+    clean, noise, attack = (
+        loss_of(scores, known)
+        for scores in (users @ items.T, noisy_users @ noisy(items, SIZE).T, hurt.score(known))
+    )
+    assert attack - clean > 2 * abs(noise - clean)
+
+
+def served(model: Model) -> Retriever:
+    assert isinstance(model, Retriever)
+    return model
+
+
+def loss_of(scores: torch.Tensor, known: Histories) -> float:
+    """Mean loss of pairs of what was taken and what was not."""
+    taken = torch.from_numpy(known.to_csr(23).toarray() > 0)
+    each = [torch.nn.functional.softplus(s[~t] - s[t].unsqueeze(1)).sum() for s, t in zip(scores, taken)]
+    return float(torch.stack(each).sum() / taken.sum())
+
+
+def test_without_the_option_nothing_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*asked: Any) -> None:
+        raise AssertionError("moved")
+
+    monkeypatch.setattr("recray.models.bpr.fgsm", never)
+    options = {"dim": 6, "epochs": 2, "batch": 64}
+    plain = build_model("bpr", Catalogue(23, {}), options)
+    plain.fit(DATA, seed=0)
+    with pytest.raises(AssertionError, match="moved"):
+        build_model("bpr", Catalogue(23, {}), {**options, "adversarial": 0.1}).fit(DATA, seed=0)
+
+
+def test_factors_trained_under_attack_lose_less_by_it() -> None:
+    plain = factors()
+    options = {"dim": 6, "epochs": 40, "batch": 64, "anchors": 7, "adversarial": 0.3}
+    hardened = build_model("bpr", Catalogue(23, {}), options)
+    hardened.fit(DATA, seed=0)
+    lost = []
+    for model in (plain, hardened.eval()):
+        known = DATA.histories()
+        before = loss_of(served(model).score(known), known)
+        lost.append(loss_of(served(attacked(model, DATA, SIZE)).score(known), known) / before - 1)
+    assert lost[1] < 0.7 * lost[0]
 
 
 def test_a_model_without_a_loss_cannot_be_attacked() -> None:

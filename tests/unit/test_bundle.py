@@ -11,7 +11,7 @@ import pytest
 
 from recray.bundles.build import build
 from recray.bundles.bundle import Answer, Bundle, open_bundle
-from recray.bundles.plan import Plan, choices
+from recray.bundles.plan import GRAPHS, Plan, choices
 from recray.compression.codec import CODECS
 from recray.data.dataset import Dataset
 from recray.data.sequences import Histories
@@ -306,7 +306,7 @@ def test_choices_say_what_applies(bundle: Bundle) -> None:
     r = bundle.recommender
     found = choices(r.retriever, r.ranker)
     assert found["retriever_codec"] == found["ranker_codec"] == tuple(CODECS)
-    assert found["encoder_graph"] == ("eager", "onnx", "onnx-int8")
+    assert found["encoder_graph"] == GRAPHS
     assert choices(r.retriever, None)["ranker_graph"] == ("eager",)
 
 

@@ -111,19 +111,32 @@ def test_a_repeated_item_counts_once_and_order_does_not() -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
-def test_a_step_follows_the_gradient() -> None:
+def pairwise_loss(w: torch.Tensor, h: torch.Tensor, taken: NDArray[Any]) -> torch.Tensor:
+    """Of user 0 and what it took, beside item 3."""
+    return torch.nn.functional.softplus(-(w[0] @ (h[taken] - h[3]).T)).sum()
+
+
+@pytest.mark.parametrize("adversarial", [0.0, 0.2])
+def test_a_step_follows_the_gradient(adversarial: float) -> None:
     """The first AdaGrad step of a row is lr times its gradient over the gradient's size, all by autograd."""
-    c = model_of(dim=3, reg=0.05, lr=0.01).config
+    c = model_of(dim=3, reg=0.05, lr=0.01, adversarial=adversarial).config
     rng = np.random.default_rng(0)
     users, items = (Rows(rng.normal(size=(n, 4)).astype(np.float32), c) for n in (2, 5))
     users.values[:, -1] = 1
     pairs = Pairs(Histories.of([[0, 1, 2, 4], [2]]), 5)
     w = torch.tensor(users.values, dtype=torch.float64, requires_grad=True)
     h = torch.tensor(items.values, dtype=torch.float64, requires_grad=True)
-    total = torch.zeros((), dtype=torch.float64)
     some = np.array([0, 1, 2])  # user 0's: only item 3 is left for a negative
-    for i in pairs.items[some]:
-        total = total + torch.nn.functional.softplus(-(w[0] @ (h[i] - h[3])))
+    taken = pairs.items[some]
+    total = pairwise_loss(w, h, taken)
+    if adversarial:
+        by_w, by_h = torch.autograd.grad(total, (w, h), retain_graph=True)
+        by_w[:, -1] = 0
+        far_w, far_h = w.detach().clone(), h.detach().clone()
+        for far, by in ((far_w[:1, :-1], by_w[:1, :-1]), (far_h[:5], by_h[:5])):
+            far += adversarial * far.norm(dim=1, keepdim=True) * by.sign() / far.shape[1] ** 0.5
+        total = (total + pairwise_loss(w + (far_w - w).detach(), h + (far_h - h).detach(), taken)) / 2
+    for i in taken:
         total = total + 0.025 * (w[0, :-1].square().sum() + h[i].square().sum() + h[3].square().sum())
     total.backward()  # type: ignore[no-untyped-call]
     assert w.grad is not None
@@ -160,7 +173,9 @@ def test_the_hardest_of_several_draws_is_weighed_as_often_as_it_is_drawn() -> No
     torch.testing.assert_close(model_of().chances(scores), torch.full((1, 5), 0.2))
 
 
-@pytest.mark.parametrize("changes", [{"dim": 0}, {"epochs": 0}, {"reg": 0.0}, {"lr": 0.0}, {"anchors": 0}])
+@pytest.mark.parametrize(
+    "changes", [{"dim": 0}, {"epochs": 0}, {"reg": 0.0}, {"lr": 0.0}, {"adversarial": -1.0}]
+)
 def test_numbers_that_make_no_model_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         model_of(**changes)

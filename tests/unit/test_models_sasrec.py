@@ -15,6 +15,7 @@ from recray.data.sequences import Histories
 from recray.errors import ConfigError
 from recray.models import build_model
 from recray.models.base import Catalogue
+from recray.models.sequential import AT_ONCE, Encoder
 from recray.recipes import recipe
 
 torch.set_num_threads(1)
@@ -137,3 +138,32 @@ def test_the_recipe_names_options_the_model_knows() -> None:
     made = recipe("sasrec", ["options.loss=sampled", "options.sampling=in-batch"])
     model: Any = build_model(made.model, Catalogue(5, {}), made.options)
     assert (model.config.loss, model.config.sampling) == ("sampled", "in-batch")
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"ffn": "gated", "gates": True}, {"blocks": 0}, {"blocks": 1}], ids=str
+)
+def test_what_is_left_out_of_an_answer_makes_no_difference(changes: dict[str, Any]) -> None:
+    model = small(**changes)
+    asked = Histories.of([[1, 2, 3], [5], [], list(range(8))])
+    with torch.inference_mode():
+        whole = Encoder.forward(model.network, *model.inputs(asked))
+    torch.testing.assert_close(model.encode(asked), whole, atol=1e-6, rtol=1e-5)
+
+
+def test_many_are_answered_in_their_own_order() -> None:
+    model, draw = small(), np.random.default_rng(0)
+    asked = Histories.of([draw.integers(0, 23, n).tolist() for n in draw.integers(0, 12, 2 * AT_ONCE + 3)])
+    alone = torch.cat([model.encode(asked.take([b])) for b in range(len(asked))])
+    torch.testing.assert_close(model.encode(asked), alone, atol=1e-5, rtol=1e-5)
+
+
+def test_heads_and_neurons_can_be_fewer_than_usual() -> None:
+    model = small(heads=1, head_dim=4, ffn_width=3)
+    block = model.network.blocks[0]
+    assert block.qkv.weight.shape == (12, 16)
+    assert block.up.weight.shape == (3, 16)
+    assert torch.isfinite(model.encode(Histories.of([[1, 2]]))).all()
+    for wrong in ({"head_dim": -1}, {"ffn_width": -1}):
+        with pytest.raises(ConfigError, match="as usual"):
+            small(**wrong)

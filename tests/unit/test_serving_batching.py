@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from recray.serving.batching import Batcher
+from recray.serving.batching import Batcher, Sender
 
 
 def test_concurrent_calls_share_a_batch_and_keep_their_answers() -> None:
@@ -88,3 +88,70 @@ def test_too_few_answers_is_an_error_and_not_a_hang() -> None:
 def test_sizes_below_one_are_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         Batcher(lambda asks: list(asks), max_size=0)
+
+
+def test_a_sender_gathers_while_its_calls_are_out_and_forgets_who_left() -> None:
+    async def scene() -> None:
+        go, sent = asyncio.Event(), []
+
+        async def send(asks: Sequence[int]) -> list[int]:
+            sent.append(list(asks))
+            await go.wait()
+            return [ask * 10 for ask in asks]
+
+        sender = Sender(send, max_size=8, in_flight=1, wait_s=60)
+        first = asyncio.create_task(sender(0))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        calls = [asyncio.create_task(sender(i)) for i in range(1, 12)]
+        await asyncio.sleep(0)
+        calls[2].cancel()  # waits
+        first.cancel()  # is on its way
+        await asyncio.sleep(0)
+        go.set()
+        results = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), 10)
+        assert sent == [[0], [1, 2, 4, 5, 6, 7, 8, 9], [10, 11]]
+        assert isinstance(results.pop(2), asyncio.CancelledError)
+        assert results == [i * 10 for i in range(1, 12) if i != 3]
+
+    asyncio.run(scene())
+
+
+def test_nobody_waits_longer_than_agreed_for_a_call_that_hangs() -> None:
+    async def scene() -> None:
+        hangs, sent = asyncio.Event(), []
+
+        async def send(asks: Sequence[int]) -> list[int]:
+            sent.append(list(asks))
+            if asks[0] == 0:
+                await hangs.wait()
+            return list(asks)
+
+        sender = Sender(send, max_size=4, in_flight=1, wait_s=0.02)
+        stuck = asyncio.create_task(sender(0))
+        await asyncio.sleep(0.005)
+        assert await asyncio.wait_for(asyncio.gather(*(sender(i) for i in range(1, 7))), 10) == [*range(1, 7)]
+        assert sent == [[0], [1, 2, 3, 4], [5, 6]]
+        assert not stuck.done()
+        hangs.set()
+        assert await asyncio.wait_for(stuck, 10) == 0
+
+    asyncio.run(scene())
+
+
+def test_a_batch_that_fails_is_sent_again_one_by_one() -> None:
+    async def scene() -> None:
+        async def send(asks: Sequence[int]) -> list[float | BaseException]:
+            if 9 in asks:
+                return [LookupError("mine alone") if ask == 9 else ask for ask in asks]
+            return [1 / ask for ask in asks]
+
+        sender = Sender(send, max_size=8, in_flight=1, wait_s=60)
+        answers = await asyncio.gather(*(sender(i) for i in (1, 0, 2)), return_exceptions=True)
+        assert (answers[0], answers[2]) == (1, 0.5)
+        assert isinstance(answers[1], ZeroDivisionError)
+        answers = await asyncio.gather(*(sender(i) for i in (1, 9)), return_exceptions=True)
+        assert answers[0] == 1
+        assert isinstance(answers[1], LookupError)
+
+    asyncio.run(scene())

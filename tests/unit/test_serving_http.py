@@ -10,6 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from recray.serving import auth, schema
 from recray.serving.http import Reply, build_asgi
@@ -212,3 +215,35 @@ def test_a_body_that_stalls_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None
     answer = ask("POST", "/v1/recommend", content=stalling())
     assert answer.status_code == 408
     assert answer.json()["error"]["code"] == "body_too_slow"
+
+
+IDS = st.one_of(st.text(max_size=3), st.integers(), st.none(), st.text(min_size=1000, max_size=1001))
+BODIES = st.fixed_dictionaries(
+    {},
+    optional={
+        "user": IDS,
+        "history": st.one_of(st.none(), st.lists(IDS, max_size=4)),
+        "exclude": st.lists(IDS, max_size=4),
+        "k": st.one_of(st.none(), st.booleans(), st.integers(-1, 1001)),
+        "context": st.just({"weather": "sun"}),
+        "other": st.just(1),
+    },
+)
+
+
+@given(BODIES)
+def test_the_short_way_takes_only_what_the_model_takes_and_makes_the_same_of_it(body: dict[str, Any]) -> None:
+    try:
+        wanted = RecommendRequest.model_validate(body)
+    except ValidationError:
+        with pytest.raises(ApiError):
+            schema.parse_recommend(body)
+    else:
+        assert schema.parse_recommend(body) == wanted
+
+
+def test_most_requests_go_the_short_way() -> None:
+    assert schema._is_plain({"user": "u", "history": ["a", "b"], "exclude": [], "k": 10})
+    assert schema._is_plain({})
+    assert not schema._is_plain({"history": ["a", 7]})
+    assert schema.parse_recommend({"user": "u"}).exclude is not schema.parse_recommend({}).exclude

@@ -1,31 +1,55 @@
-"""The three stages in process: the same answers as the bundle's own, whoever else asks."""
+"""Both layouts in process: the same answers as the bundle's own and as each other's, whoever else asks."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from recray.bundles.bundle import Bundle
+from recray.serving import stages
 from recray.serving.http import build_asgi
+from recray.serving.ingress import Fused, Ingress, Split, has_ranker
 from recray.serving.schema import ApiError, RecommendRequest
-from recray.serving.settings import Stage
-from recray.serving.stages import Ingress, RankerStage, RetrieverStage, has_ranker
+from recray.serving.settings import Batch
 from tests.serving_bundles import requests, small_bundle
 
+Made = Callable[[Bundle, Batch], Ingress]
 
-def graph(bundle: Bundle, stage: Stage | None = None) -> Ingress:
-    """Ingress -> Retriever -> Ranker with plain calls for hops."""
-    retriever, ranker = RetrieverStage(bundle, stage or Stage()), RankerStage(bundle, stage or Stage())
-    return Ingress(
+
+def fused(bundle: Bundle, batch: Batch | None = None) -> Ingress:
+    """Models on a thread of the ingress."""
+    return Ingress(bundle, Fused(bundle, batch or Batch()))
+
+
+def split(bundle: Bundle, batch: Batch | None = None) -> Ingress:
+    """Ingress -> Retriever -> Ranker with threads for other processes."""
+
+    def hop(work: Callable[..., stages.Found]) -> Callable[..., Any]:
+        async def ask(*asked: Any) -> stages.Found:
+            return await asyncio.to_thread(work, bundle, *asked)
+
+        return ask
+
+    layout = Split(
         bundle,
-        retrieve=retriever.retrieve,
-        similar=retriever.similar,
-        rank=ranker.rank if has_ranker(bundle.artefact) else None,
+        batch or Batch(),
+        retrieve=hop(stages.retrieve),
+        similar=hop(stages.similar),
+        rank=hop(stages.rank) if has_ranker(bundle.artefact) else None,
     )
+    return Ingress(bundle, layout)
+
+
+@pytest.fixture(params=[fused, split])
+def graph(request: pytest.FixtureRequest) -> Made:
+    made: Made = request.param
+    return made
 
 
 @pytest.fixture(scope="module", params=["ranked", "retrieved", "scored", "int8"])
@@ -41,9 +65,9 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.mark.parametrize("clients", [1, 16])
-def test_the_graph_answers_as_the_bundle_does(bundle: Bundle, clients: int) -> None:
+def test_the_graph_answers_as_the_bundle_does(bundle: Bundle, graph: Made, clients: int) -> None:
     asks = list(requests(bundle))
-    ingress = graph(bundle, Stage(max_batch=8))
+    ingress = graph(bundle, Batch(size=8))
 
     async def scene() -> list[Any]:
         gate = asyncio.Semaphore(clients)
@@ -62,33 +86,81 @@ def test_the_graph_answers_as_the_bundle_does(bundle: Bundle, clients: int) -> N
         assert (reply.degraded, reply.generation) == (want.degraded, bundle.generation)
 
 
-def test_similar_items_are_those_of_the_bundle(bundle: Bundle) -> None:
-    ingress = graph(bundle)
+def test_similar_items_are_those_of_the_bundle(bundle: Bundle, graph: Made) -> None:
+    ingress = graph(bundle, Batch())
     for item in bundle.items.ids_of(range(0, len(bundle.items), 10)):
         reply = asyncio.run(ingress.similar(item, 9))
         assert [i["item"] for i in reply.items] == [i.item for i in bundle.similar(item, 9).items]
     assert len(asyncio.run(ingress.similar(item, 1000)).items) <= len(bundle.items) - 1
 
 
-def test_a_stage_of_another_generation_refuses(bundle: Bundle) -> None:
-    ingress = graph(bundle)
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As in a replica: shared among several, a sum's last bits depend on who was there."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
-    async def gone(ask: object) -> None:
+
+@pytest.mark.usefixtures("one_thread")
+def test_both_layouts_answer_bit_for_bit_the_same(bundle: Bundle) -> None:
+    """One after the other, so that batches are the same: only then are the last bits of a matmul."""
+    one, other = fused(bundle), split(bundle)
+
+    async def scene() -> None:
+        for ask in requests(bundle):
+            asked = RecommendRequest(**ask)
+            first, second = await one.recommend(asked), await other.recommend(asked)
+            assert first.items == second.items, ask
+            assert (first.degraded, first.generation) == (second.degraded, second.generation)
+            assert set(first.timing_ms) == set(second.timing_ms)
+
+    asyncio.run(scene())
+
+
+@pytest.mark.parametrize("limit", [1, 5, 64])
+def test_what_waits_together_goes_as_one_batch(bundle: Bundle, limit: int) -> None:
+    seen: list[int] = []
+
+    async def retrieve(asked: stages.RetrieveBatch) -> stages.Found:
+        seen.append(len(asked.wants))
+        return stages.retrieve(bundle, asked)
+
+    async def none(row: int, k: int) -> None:
+        return None
+
+    batch = Batch(size=limit, in_flight=1)
+    ingress = Ingress(bundle, Split(bundle, batch, retrieve=retrieve, rank=None, similar=none))
+
+    async def scene() -> None:
+        asks = (ingress.recommend(RecommendRequest(user=f"u{n}")) for n in range(20))
+        await asyncio.gather(*asks)
+
+    asyncio.run(scene())
+    assert sum(seen) == 20
+    assert max(seen) == min(limit, 20)
+
+
+def test_a_stage_of_another_generation_refuses(bundle: Bundle) -> None:
+    async def gone(*asked: object) -> None:
         return None
 
     async def other() -> str:
         return "another"
 
-    stale = Ingress(bundle, retrieve=gone, similar=gone, rank=None, generations=[other])
+    layout = Split(bundle, Batch(), retrieve=gone, similar=gone, rank=None, generations=[other])
+    stale = Ingress(bundle, layout)
     for call in (stale.recommend(RecommendRequest(user="u1")), stale.similar("i0", 3), stale.ready()):
         with pytest.raises(ApiError) as error:
             asyncio.run(call)  # type: ignore[arg-type]
         assert (error.value.status, error.value.code) == (503, "generation_changing")
-    assert asyncio.run(ingress.ready()) == bundle.generation
+    assert asyncio.run(split(bundle).ready()) == bundle.generation
+    assert asyncio.run(fused(bundle).ready()) == bundle.generation
 
 
-def test_over_http_without_ray(bundle: Bundle) -> None:
-    app = build_asgi(graph(bundle))
+def test_over_http_without_ray(bundle: Bundle, graph: Made) -> None:
+    app = build_asgi(graph(bundle, Batch()))
 
     async def scene() -> None:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
@@ -129,9 +201,9 @@ def test_over_http_without_ray(bundle: Bundle) -> None:
     asyncio.run(scene())
 
 
-def test_a_client_that_hangs_up_leaves_the_others_their_answers(tmp_path: Path) -> None:
+def test_a_client_that_hangs_up_leaves_the_others_their_answers(tmp_path: Path, graph: Made) -> None:
     bundle = small_bundle(tmp_path)
-    ingress = graph(bundle, Stage(max_batch=4))
+    ingress = graph(bundle, Batch(size=4))
 
     async def scene() -> None:
         calls = [asyncio.create_task(ingress.recommend(RecommendRequest(user=f"u{n}"))) for n in range(24)]

@@ -100,6 +100,8 @@ def test_a_peers_lists_are_measured_like_ours(data: Dataset, tmp_path: Path) -> 
 
 
 def test_two_ranks_are_compared_round_by_round() -> None:
-    speeds = {"ours 1": [1.0, 2.0, 4.0], "ours 2": [2.0, 3.0, 4.0], "ours 2 bf16": [2.0, 4.0, 8.0]}
+    speeds = {"ours 1": [1.0, 2.0, 4.0], "ours 2": [2.0, 3.0, 4.0], "ours 2 bf16": [1.0, 2.0, 4.0]}
+    speeds[tables.APART] = [2.0, 4.0, 8.0]
     f32, bf16 = tables.scaling(speeds, "zipf")
-    assert (f32.ratio, f32.value, bf16.ratio) == (1.5, 3.0, 2.0)
+    assert (f32.ratio, f32.value, bf16.ratio) == (1.5, 3.0, 1.0)
+    assert (f32.given["apart"], "missed_by" in f32.given, bf16.given["missed_by"]) == (2.0, False, 0.286)

@@ -17,14 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import recray
+from recray import memory
 from recray.cli.main import main
 from recray.data.dataset import Dataset
 from recray.data.prepare import prepare
 from recray.errors import ConfigError, InputError
+from recray.memory import free_memory
 from recray.models.base import Catalogue
 from recray.recipes import Train, recipe
-from recray.training import machine as machine_module
-from recray.training.machine import free_memory, measured_machine
+from recray.training import machine
+from recray.training.machine import measured_machine
 from recray.training.plan import (
     GIB,
     PROCESS,
@@ -298,7 +300,7 @@ def test_the_report_keeps_both_times() -> None:
 
 
 def test_this_machine_is_measured_quickly_and_once() -> None:
-    machine_module._rates.cache_clear()
+    machine._rates.cache_clear()
     started = time.perf_counter()
     whole = measured_machine()
     spent = time.perf_counter() - started
@@ -320,10 +322,10 @@ def test_a_control_group_limits_what_is_free(tmp_path: Path) -> None:
         (group / "memory.stat").write_text("anon 600\ninactive_file 300\n")
         (group / names[1]).write_text("900\n")
         (group / names[0]).write_text("1000\n")
-        assert machine_module._left(str(group)) == 1000 - 900 + 300
+        assert memory._left(str(group)) == 1000 - 900 + 300
         (group / names[0]).write_text("max\n")
-        assert machine_module._left(str(group)) > 1 << 60
-    assert machine_module._left(str(tmp_path / "none")) > 1 << 60
+        assert memory._left(str(group)) > 1 << 60
+    assert memory._left(str(tmp_path / "none")) > 1 << 60
 
 
 def test_the_verb_plans_a_dataset(ring: Dataset, capsys: pytest.CaptureFixture[str]) -> None:

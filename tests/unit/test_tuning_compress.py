@@ -26,7 +26,7 @@ from recray.tuning.trial import Outcome, words
 from tests.serving_bundles import checkpoint, small_dataset
 
 QUICK = Effort(least=100, seconds=0.3, warmup=5)
-SIZES = {"f32": 8e6, "f16": 4e6, "int8": 2e6, "int4": 1e6}
+SIZES = {"f32": 8e6, "f16": 4e6, "int8": 2e6, "int4": 1e6, "low-rank": 1e6, "pq": 1e6, "tiers": 5e5}
 Parts = tuple[Dataset, Artefact, Artefact]
 
 
@@ -57,11 +57,11 @@ class Pretend:
         plan = packing.plan_of(point)
         if plan.encoder_graph == "onnx":
             raise OSError("this graph cannot be exported")
-        quality = {"f32": 0.5, "f16": 0.5, "int8": 0.499, "int4": 0.3}[plan.retriever_codec]
+        quality = {"f32": 0.5, "f16": 0.5, "int8": 0.499, "int4": 0.3}.get(plan.retriever_codec, 0.3)
         values = quality + self.noise * np.random.default_rng(len(self.asked)).normal(size=200)
-        p99 = {"eager": 8e-3, "onnx-int8": 2e-3}[plan.encoder_graph]
+        p99 = {"onnx-int8": 2e-3}.get(plan.encoder_graph, 8e-3)
         return Outcome(
-            {"ndcg@10": quality, "p50": p99 / 2, "p99": p99, "bytes": SIZES[plan.retriever_codec]},
+            {"ndcg@10": quality, "p50": p99 / 2, "p99": p99, "bytes": SIZES.get(plan.retriever_codec, 1e6)},
             {"plan": config.as_dict(plan), "values": values.tolist()},
         )
 
@@ -84,7 +84,7 @@ def test_the_space_is_what_means_something_for_the_models(parts: Parts) -> None:
     alone, both = packing.plan_space(retriever, None), packing.plan_space(retriever, ranker)
     assert alone is not None
     assert both is not None
-    assert set(alone.dimensions) == {"retriever_codec", "encoder_graph", "index", "links", "ef_search"}
+    assert set(alone.dimensions) == {"retriever_codec", "encoder_graph", "index", *packing.USED_BY}
     assert set(both.dimensions) - set(alone.dimensions) == {
         "ranker_codec",
         "ranker_graph",
@@ -101,8 +101,11 @@ def test_the_space_is_what_means_something_for_the_models(parts: Parts) -> None:
 
 
 def test_parameters_of_an_index_that_is_not_used_do_not_count() -> None:
-    one: Point = {"index": "exact", "links": 8, "ef_search": 16}
+    one: Point = {"index": "exact", "links": 8, "ef_search": 16, "probes": 8}
     assert packing.canonical(one) == packing.canonical({**one, "links": 30}) == config.as_dict(Plan())
+    lists: Point = {**one, "index": "ivf"}
+    assert packing.plan_of(lists).index_params == {"probes": 8}
+    assert packing.canonical(lists) == packing.canonical({**lists, "ef_search": 99})
     assert packing.canonical({**one, "index": "hnsw"}) != packing.canonical(
         {**one, "index": "hnsw", "links": 9}
     )
@@ -163,9 +166,11 @@ def test_the_best_that_fits_is_chosen_and_everything_is_told(
 
 
 def test_quality_that_cannot_be_told_apart_is_settled_by_p99_times_bytes(
-    parts: Parts, tmp_path: Path
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = {"p99_s": 1.0, "size_bytes": 9e6, "trials": 14}
+    few = {"retriever_codec": ("f32", "f16", "int8", "int4"), "encoder_graph": ("eager", "onnx-int8")}
+    monkeypatch.setattr(packing, "choices", lambda *_: few)  # so few that all are tried
+    given = {"p99_s": 1.0, "size_bytes": 9e6, "trials": 8}
     _, clear = left(search(parts, tmp_path / "clear", Pretend(), **given))
     assert clear["plan"]["retriever_codec"] == "f16", "equal to f32 at half the bytes"
     _, noisy = left(search(parts, tmp_path / "noisy", Pretend(noise=0.2), **given))

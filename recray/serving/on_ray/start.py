@@ -1,0 +1,194 @@
+"""Starting and stopping: Serve on a cluster for the length of a block, and one application on it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+from recray import connect
+from recray.config import build
+from recray.errors import ConfigError, InputError, RecrayError
+from recray.manifest import open_artefact
+from recray.progress import say
+from recray.serving import auth, process, profiles, settings
+from recray.serving.on_ray.graph import cluster, graph, options_of, running_http, running_profile
+from recray.serving.profiles import Profile
+from recray.serving.settings import GraphArgs
+from recray.storage import place
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # Serve's own models use what pydantic deprecates
+    import ray
+    from ray import serve
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+    from ray.serve.context import _get_global_client
+
+STOP_S = 30.0  # what Serve may take to stop
+
+
+@contextlib.contextmanager
+def serving(
+    bundle: str | os.PathLike[str],
+    *,
+    config: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    address: str | None = None,
+    name: str = "recray",
+    profile: Profile = "lite",
+) -> Iterator[str]:
+    """Serve a bundle for the length of the block; yields the base URL, ready to be asked.
+
+    config: a Serve config whose args and deployment options count (its bundle, host and port do not).
+    port 0 takes a free one; profile: see `profiles`. A cluster at `address` (or the process's own) is
+    used, else one is started; where Serve runs already, this becomes one more application, under
+    `/<name>`. All that was started is stopped at the end, also after Ctrl-C or SIGTERM.
+
+    Raises InputError, before anything starts, for a busy port or for a host beyond loopback without a
+    token; ArtefactError for what is no bundle; ConfigError for the file or the profile.
+    """
+    profiles.check(profile)
+    args, deployments = settings.read_file(config) if config is not None else ({}, {})
+    args["bundle"] = open_artefact(place(bundle), "bundle").place.uri
+    found = auth.find_token(token, args.pop("token_file", None))
+    if found is not None:
+        args["token_digest"] = auth.digest(found)
+    auth.check_exposure(host, args.get("token_digest"))
+    if "layout" not in args and {"Retriever", "Ranker"} & set(deployments):
+        args["layout"] = "split"
+    build(GraphArgs, args)
+    for deployment, given in deployments.items():
+        options_of(deployment, given)
+    if not (address or os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
+        process.check_free(host, port)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(process.sigterm_interrupts())
+        stack.enter_context(connect.session(address))
+        stack.enter_context(process.sigterm_interrupts())  # Ray has set its own
+        stack.enter_context(_quiet())
+        root = stack.enter_context(_serve_on(host, port, args.get("token_digest"), profile))
+        yield stack.enter_context(_application(graph(args, deployments, running_profile()), name, root))
+
+
+def run(
+    bundle: str | os.PathLike[str],
+    *,
+    config: str | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token: str | None = None,
+    address: str | None = None,
+    profile: Profile = "lite",
+) -> None:
+    """`serving`, until Ctrl-C or SIGTERM."""
+    try:
+        with serving(
+            bundle, config=config, host=host, port=port, token=token, address=address, profile=profile
+        ) as url:
+            say(f"serving {bundle} at {url} (documentation at {url}/docs, Ctrl-C stops)")
+            threading.Event().wait()
+    except KeyboardInterrupt:
+        say("stopped")
+
+
+@contextlib.contextmanager
+def _serve_on(host: str, port: int, token_digest: str | None, profile: Profile) -> Iterator[str]:
+    """Serve running on the connected cluster; yields its root URL. Stops it if it was started here."""
+    running = running_http()
+    if running is not None:
+        auth.check_exposure(running.host, token_digest)
+        if port not in (0, running.port):
+            raise InputError(
+                f"Ray Serve listens on port {running.port} of this cluster already",
+                where=f"port {port}",
+                fix=f"use --port {running.port} or 0",
+            )
+        if profile == "fast" and running_profile() != "fast":
+            raise ConfigError(
+                "Ray Serve runs on this cluster already, without the flags of the profile fast",
+                where="--profile fast",
+                fix="stop it first (`serve shutdown`), or use --profile lite",
+            )
+        yield process.root_url(running.host, running.port)
+        return
+    port = process.check_free(host, port)
+    machine = cluster()
+    with profiles.environment(profile, cores=machine.cores, here=machine.nodes == 1) as variables:
+        try:
+            serve.start(
+                proxy_location="HeadOnly",
+                http_options={"host": host, "port": port},
+                logging_config={"enable_access_log": False, "log_level": "WARNING"},
+                controller_options={"runtime_env": {"env_vars": variables}} if variables else None,
+            )
+            yield process.root_url(host, port)
+        finally:
+            if not serve.status().applications:  # somebody else may have joined
+                _shut_serve()
+
+
+def _shut_serve() -> None:
+    """`serve.shutdown()` without its wait: that is a call to an actor which dies in it, and Ray prints so
+    on standard output."""
+    client = _get_global_client()
+    ray.get(client._controller.graceful_shutdown.remote(wait=False), timeout=STOP_S)
+    deadline = time.monotonic() + STOP_S
+    while time.monotonic() < deadline:
+        try:
+            ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+        except ValueError:
+            break
+        time.sleep(0.05)
+    client._shutdown = True
+    serve.shutdown()
+
+
+@contextlib.contextmanager
+def _application(app: Any, name: str, root: str) -> Iterator[str]:
+    taken = _get_global_client().get_serve_details()["applications"]
+    prefixes = {details["route_prefix"] for details in taken.values()}
+    name = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if n not in taken)
+    prefix = f"/{name}" if "/" in prefixes else "/"
+    url = root + prefix.rstrip("/")
+    try:
+        try:
+            serve.run(
+                app,
+                name=name,
+                route_prefix=prefix,
+                logging_config={"enable_access_log": False, "log_level": "WARNING"},
+            )
+        except RuntimeError as error:
+            status = serve.status().applications.get(name)
+            raise RecrayError(f"the graph did not start: {_last_line(status, error)}", where=name) from None
+        process.wait_ready(url)
+        yield url
+    finally:
+        serve.delete(name)
+
+
+def _last_line(status: Any, error: Exception) -> str:
+    lines = [line.strip() for line in (status.message if status else str(error)).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Serve's progress lines and deprecations of its own are not for our users."""
+    logger = logging.getLogger("ray.serve")
+    before = logger.level
+    if os.environ.get(connect.VERBOSE) != "1":
+        logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(before)
