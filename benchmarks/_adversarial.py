@@ -2,7 +2,7 @@
 
 An attack moves all vectors that are served by a share `epsilon` of their length, by fast gradient signs
 (`recray.training.adversarial.attacked`); `ndcg_loss` is the share of NDCG@10 that is gone, on the test split.
-The peer of a row is the plain model under the same attack.
+The peer of a row is the plain model under the same attack; `gained` is their paired difference.
 
 Chosen on the validation split; NDCG@10 clean and what is lost with epsilon .3 and .5, means of three seeds:
 
@@ -12,8 +12,8 @@ Chosen on the validation split; NDCG@10 clean and what is lost with epsilon .3 a
     bpr with reg .03           .0770    8 %   25 %      the best of reg .01 (the recipe's) to .05
 
 So regularization alone does much of it. Perturbations along the gradient, not its signs, defended against
-themselves and hardly against signs; those of an absolute length shrank all vectors to nothing, and begun
-after 30 plain epochs defended less. SASRec's loss is not halved: see LOG.md.
+themselves and hardly against signs; those of an absolute length shrank all vectors to nothing, and, begun
+after 30 plain epochs, defended less. SASRec's loss is not halved: see LOG.md.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ SIDES = {  # recipe -> name -> changes; the first is the peer of the others
     "bpr": {
         "bpr plain": (),
         "bpr with reg .03": ("options.reg=0.03",),
-        "bpr adversarial": ("options.adversarial=0.3",),
+        "bpr adversarial .25": ("options.adversarial=0.25",),
+        "bpr adversarial .3": ("options.adversarial=0.3",),
     },
 }
 
@@ -88,6 +89,9 @@ def side_rows(
         if epsilon:
             given["ndcg_loss"] = lost(reports, epsilon)
             given |= {"peer_ndcg_loss": lost(first, epsilon)} if first else {}
+        if first:
+            gained = report.against(first[epsilon], METRIC)
+            given["gained"] = [round(value, 5) for value in (gained.mean, gained.low, gained.high)]
         yield Row(
             name=name,
             work="ml100k",
