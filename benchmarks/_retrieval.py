@@ -145,7 +145,8 @@ def trained(quick: bool) -> tuple[Tensor, Tensor]:
 
 # -- searchers -------------------------------------------------------------------------------------
 def exact(world: World) -> Searcher:
-    return Searcher("exact", "", partial(_ours, build_index("exact", world.items), world.queries))
+    index = build_index("exact", world.items, {"threads": usable_cores()})
+    return Searcher("exact", "", partial(_ours, index, world.queries))
 
 
 def our_ivf(world: World) -> list[Searcher]:

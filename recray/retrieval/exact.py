@@ -15,6 +15,7 @@ Shapes: B queries, N items of D floats, S groups of L lanes, P pairs of a query 
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from recray.errors import ConfigError
 from recray.models.embeddings import Table
 from recray.retrieval.index import SLACK, Found, Index, IndexParams, ordered, rescored, scan
 
@@ -33,10 +35,18 @@ CELLS = 1 << 22  # scores held at a time: 8 MB of bfloat16, which stay near the 
 
 @dataclass(frozen=True, kw_only=True)
 class ExactParams(IndexParams):
-    """`precision` of the first pass: auto = bf16 for large catalogues on processors that have it."""
+    """`precision` of the first pass: auto = bf16 for large catalogues on processors that have it.
+
+    threads: parts of a large batch that are searched at a time; with 1, torch may use its own for a product.
+    """
 
     precision: Literal["auto", "f32", "bf16"] = "auto"
     bf16_from: int = 20_000  # rows from which `auto` takes bf16
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.threads < 1:
+            raise ConfigError(f"index_params {self} are out of range", fix="threads >= 1")
 
 
 class Exact(Index):
@@ -53,6 +63,7 @@ class Exact(Index):
     def _make(self) -> None:
         self.n = self.table.num_rows
         self._rooms = threading.local()
+        self._pool = _workers(self.params.threads) if self.params.threads > 1 else None
         low = self.params.precision == "bf16" or (
             self.params.precision == "auto" and self.n >= self.params.bf16_from and _has_bf16()
         )
@@ -87,11 +98,13 @@ class Exact(Index):
                 return scan(self.table, queries_BD, rows_R, k)
         mask_N = None if allowed is None else torch.from_numpy(~allowed)
         step = max(1, CELLS // max(self.n, 1))
-        parts = [self._search(part, k, mask_N) for part in torch.split(queries_BD, step)]
+        each = map if self._pool is None or len(queries_BD) <= step else self._pool.map
+        parts = list(each(lambda part: self._search(part, k, mask_N), torch.split(queries_BD, step)))
         if not parts:
             return ordered(np.empty((0, 0), np.float32), np.empty((0, 0), np.int64), k)
         return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
+    @torch.inference_mode()
     def _search(self, queries_BD: Tensor, k: int, mask_N: Tensor | None) -> Found:
         low = self.vectors_ND.dtype == torch.bfloat16
         scores_BN = self._room(len(queries_BD))
@@ -162,6 +175,22 @@ def _by_looking_at_each(scores_BN: Tensor, want: int) -> Tensor:
 def _held(table: Table, dense_ND: Tensor) -> bool:
     """Whether the table's own memory is what it gives as `dense`."""
     return any(t.data_ptr() == dense_ND.data_ptr() for t in (*table.parameters(), *table.buffers()))
+
+
+def _workers(count: int) -> ThreadPoolExecutor:
+    """Threads that each compute alone: most of a search is not torch's, and torch's waits for its helpers."""
+    before, started = torch.get_num_threads(), threading.Barrier(count + 1)
+
+    def begin() -> None:
+        torch.set_num_threads(1)  # of this thread, and of those that start later
+        started.wait()
+
+    made = ThreadPoolExecutor(count, thread_name_prefix="exact", initializer=begin)
+    for _ in range(count):
+        made.submit(int)
+    started.wait()
+    torch.set_num_threads(before)
+    return made
 
 
 def _has_bf16() -> bool:

@@ -21,6 +21,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name in INDEXES),
     ("exact", {"precision": "bf16"}),
     ("exact", {"precision": "f32"}),
+    ("exact", {"precision": "bf16", "threads": 2}),
     ("hnsw", {"vectors": "sq8"}),
     ("hnsw", {"links": 16, "ef_search": 300, "threads": 2}),
     ("ivf", {"codes": "sq8", "probes": 60, "threads": 2}),
@@ -154,7 +155,17 @@ def test_a_graph_of_another_table_or_no_graph_is_refused(tmp_path: Path) -> None
         load(tmp_path, DenseTable.of(clustered(50)), params)
 
 
-@pytest.mark.parametrize(("name", "params"), [("hnsw", {"m": 4}), ("hnsw", {"links": 1}), ("exakt", {})])
+@pytest.mark.parametrize(
+    ("name", "params"),
+    [
+        ("hnsw", {"m": 4}),
+        ("hnsw", {"links": 1}),
+        ("ivf", {"probes": 0}),
+        ("ivf", {"codes": "pq2"}),
+        ("exact", {"threads": 0}),
+        ("exakt", {}),
+    ],
+)
 def test_unknown_names_and_values_are_refused(name: str, params: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         build_index(name, clustered(10), params)
