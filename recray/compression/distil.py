@@ -101,7 +101,7 @@ def teach(teacher: Model, data: Dataset, folder: Path, *, top: int, temperature:
     chunk = max(1, _SCORES // len(vectors_NE))
     for batch in model.batches(data, batch_size=_BATCH, epoch=1, seed=0, rank=0, world=1):
         real = batch.at >= 0
-        at_P, states_PE = batch.at[real], model.states(batch)[torch.from_numpy(real)].float()
+        at_P, states_PE = batch.at[real], model.states(batch).float()
         for start in range(0, len(at_P), chunk):
             some = slice(start, start + chunk)
             scores_PN = states_PE[some] @ vectors_NE.T

@@ -1,9 +1,13 @@
 """Batches of histories for gradient training, the same for the same (epoch, seed, rank, world).
 
-Histories are cut into windows; a chunk of shuffled windows is sorted by length and split into steps,
-so that a step pads only to its own longest window. Every rank works out the same steps and takes its
-strided share of each: a step has the same windows and negatives at every world size, and the ranks have
-equally many batches. Histories may lie in mapped files: only what a batch holds is read of them.
+Histories are cut into windows, and shuffled windows into steps. Within a step they are sorted by length
+and handed to a model in `parts` of near length, so that little is padding. Steps are any windows:
+a mean over the positions of a step of short windows would give each of them more weight than
+one of a step of long windows has (measured in benchmarks/LOG.md).
+
+Every rank works out the same steps and takes its strided share of each: a step has the same windows and
+negatives at every world size, and the ranks have equally many batches. Histories may lie in mapped
+files: only what a batch holds is read of them.
 
 Shapes: U users, W windows of the epoch, P windows of a step, B of them this rank's, L their longest,
 S negatives, N items.
@@ -12,7 +16,7 @@ S negatives, N items.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -22,13 +26,16 @@ from recray.data.sequences import PAD, Histories
 
 Sampling = Literal["uniform", "popularity", "in-batch"]
 
-_CHUNK = 32  # steps whose windows are sorted by length together
+_GROWTH = 1.5  # of the longest window of a part over its shortest
 _COUNTED = 1 << 20  # items counted at a time: numpy counts int64 and would copy the whole log
 
 
 @dataclass(frozen=True, eq=False)
 class SequenceBatch:
-    """This rank's windows of one step, shifted by one: `targets[b, t]` follows `inputs[b, :t + 1]`."""
+    """This rank's windows of one step, shifted by one: `targets[b, t]` follows `inputs[b, :t + 1]`.
+
+    The shortest window comes first.
+    """
 
     inputs: NDArray[np.int64]  # [B, L] item rows, right-padded with PAD
     targets: NDArray[np.int64]  # [B, L]
@@ -38,6 +45,22 @@ class SequenceBatch:
     log_q: NDArray[np.float32]  # [S] log of the expected number of times each was drawn
     positions: float  # real positions of the whole step over `world`: divide a summed loss by it
     seed: int  # of this batch on this rank, for dropout
+
+    def parts(self) -> Iterator[SequenceBatch]:
+        """The same windows some at a time, each part padded to its own longest; in the same order."""
+        start = 0
+        while start < len(self.lengths):
+            most = int(self.lengths[start] * _GROWTH) + 1
+            stop = int(np.searchsorted(self.lengths, most, side="right"))
+            rows, longest = slice(start, stop), int(self.lengths[stop - 1])
+            yield replace(
+                self,
+                inputs=self.inputs[rows, :longest],
+                targets=self.targets[rows, :longest],
+                lengths=self.lengths[rows],
+                at=self.at[rows, :longest],
+            )
+            start = stop
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,7 +130,7 @@ def windows(histories: Histories, max_len: int) -> Windows:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """The windows of one step over all ranks, of near length, by their places in the flat arrays."""
+    """The windows of one step over all ranks, the shortest first, by their places in the flat arrays."""
 
     number: int  # of the epoch, from 0
     starts: NDArray[np.int64]  # [P]
@@ -120,16 +143,12 @@ def steps(cut: Windows, batch_size: int, *, epoch: int, seed: int, skip: int = 0
         return
     order = np.arange(len(cut), dtype=np.uint32 if len(cut) < 2**32 else np.int64)
     generator(seed, epoch, 1).shuffle(order)
-    size = batch_size * _CHUNK
-    last = max(len(order) // size - 1, 0)  # takes the rest too: no step is much smaller than the others
-    for c in range(min(skip // _CHUNK, last), last + 1):
-        end = len(order) if c == last else (c + 1) * size
-        starts, lengths = cut.spans(order[c * size : end].astype(np.int64))
-        made = np.array_split(np.argsort(lengths, kind="stable"), -(-len(lengths) // batch_size))
-        turns = generator(seed, epoch, 4, c).permutation(len(made))
-        for turn in range(max(skip - c * _CHUNK, 0), len(made)):
-            some = made[turns[turn]]
-            yield Step(c * _CHUNK + turn, starts[some], lengths[some])
+    count = -(-len(order) // batch_size)
+    for number in range(skip, count):  # of nearly equal size: no small rest
+        some = order[number * len(order) // count : (number + 1) * len(order) // count]
+        starts, lengths = cut.spans(some.astype(np.int64))
+        by_length = np.argsort(lengths, kind="stable")
+        yield Step(number, starts[by_length], lengths[by_length])
 
 
 def sequence_batches(

@@ -1,14 +1,15 @@
 """Self-attentive sequences (Kang & McAuley 2018, arXiv 1808.09781) with the choices that won since.
 
     x_t = sqrt(D) E[item_t] + P[L - 1 - t]                position counted from the newest
-    x   = x + Attention(norm(x));  x = x + FFN(norm(x))    pre-norm blocks, causal
+    n   = norm(x);  x = n + Attention(n)                   causal; what is added to is the normed,
+    n   = norm(x);  x = n + FFN(n)                         as in the authors' code
     score(i) = <norm(x_last), E[i]>                        one table for input and output
 
 With `gates` a block decides, dimension by dimension, how much of what it found is let in, as in LiGR
 (Borisyuk et al. 2025, arXiv 2502.03417); beside a gated FFN and sampled negatives of two kinds that is
 the recipe `esasrec` (Tikhonovich et al. 2025, arXiv 2508.06450):
 
-    x   = x + sigmoid(W x + b) * Attention(norm(x))        and the same of the FFN
+    x   = x + sigmoid(W x + b) * Attention(norm(x))        pre-norm, and the same of the FFN
 
 Trained on shifted sequences with full or sampled softmax (Klenitskiy & Vasilev 2023, arXiv
 2309.07602, show that the loss and not the architecture made the difference to later models).
@@ -31,7 +32,7 @@ from recray.models.sequential import Encoder, Sequential
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block with causal attention over right-padded sequences.
+    """One transformer block with causal attention over right-padded sequences.
 
     Padding comes after every real position, so causality alone keeps it out of them.
     """
@@ -50,9 +51,10 @@ class Block(nn.Module):
 
     def forward(self, x_BLD: Tensor, causal_LL: Tensor) -> Tensor:
         b, length, _ = x_BLD.shape
-        qkv = self.qkv(self.norm_attention(x_BLD)).view(b, length, 3, self.heads, self.part)
+        h = self.norm_attention(x_BLD)
+        qkv = self.qkv(h).view(b, length, 3, self.heads, self.part)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        return self._rest(x_BLD, self._mixed(q, k, v, causal_LL))
+        return self._rest(x_BLD, h, self._mixed(q, k, v, causal_LL))
 
     def last(self, x_BLD: Tensor, last_B1D: Tensor, seen_B11L: Tensor) -> Tensor:
         """The block's output at one position of each user, [B, 1, D]: only that one asks, all answer.
@@ -63,11 +65,12 @@ class Block(nn.Module):
         h = self.norm_attention(x_BLD)
         inner = self.out.in_features
         weight, bias = self.qkv.weight, self.qkv.bias
-        asked = nn.functional.linear(h.gather(1, last_B1D), weight[:inner], bias[:inner])
+        h_B1D = h.gather(1, last_B1D)
+        asked = nn.functional.linear(h_B1D, weight[:inner], bias[:inner])
         kv = nn.functional.linear(h, weight[inner:], bias[inner:]).view(b, length, 2, self.heads, self.part)
         k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
         q = asked.view(b, 1, self.heads, self.part).transpose(1, 2)
-        return self._rest(x_BLD.gather(1, last_B1D), self._mixed(q, k, v, seen_B11L))
+        return self._rest(x_BLD.gather(1, last_B1D), h_B1D, self._mixed(q, k, v, seen_B11L))
 
     def _mixed(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
         """What each position that asks is told, [B, L, heads * head_dim]. q, k, v [B, heads, L, head_dim]."""
@@ -78,20 +81,20 @@ class Block(nn.Module):
             found = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, dropout_p=dropout)
         return found.transpose(1, 2).flatten(2)
 
-    def _rest(self, x_BLD: Tensor, mixed_BLI: Tensor) -> Tensor:
-        """The block after its attention."""
-        x_BLD = self._add(x_BLD, self.out(mixed_BLI), self.let_attention)
+    def _rest(self, x_BLD: Tensor, h: Tensor, mixed_BLI: Tensor) -> Tensor:
+        """The block after its attention. h: the normed x."""
+        x_BLD = self._add(x_BLD, h, self.out(mixed_BLI), self.let_attention)
         h = self.norm_ffn(x_BLD)
         inner = (
             nn.functional.gelu(self.up(h))
             if self.gate is None
             else nn.functional.silu(self.gate(h)) * self.up(h)
         )
-        return self._add(x_BLD, self.down(inner), self.let_ffn)
+        return self._add(x_BLD, h, self.down(inner), self.let_ffn)
 
-    def _add(self, x_BLD: Tensor, found_BLD: Tensor, let: nn.Module | None) -> Tensor:
+    def _add(self, x_BLD: Tensor, h_BLD: Tensor, found_BLD: Tensor, let: nn.Module | None) -> Tensor:
         found_BLD = nn.functional.dropout(found_BLD, self.dropout, self.training)
-        return x_BLD + (found_BLD if let is None else torch.sigmoid(let(x_BLD)) * found_BLD)
+        return h_BLD + found_BLD if let is None else x_BLD + torch.sigmoid(let(x_BLD)) * found_BLD
 
 
 class Transformer(Encoder):

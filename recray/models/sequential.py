@@ -120,7 +120,7 @@ class Sequential(Retriever):
         real = targets_BL >= 0
         targets_P = targets_BL[real]
         with seeded(batch.seed):
-            states = self.states(batch)[real]
+            states = self.states(batch)
         others_PS = None
         if self.config.loss == "softmax":
             summed = self.full_softmax(states, targets_P)
@@ -136,7 +136,12 @@ class Sequential(Retriever):
 
     # -- what a model may do in its own way ------------------------------------------------------
     def states(self, batch: SequenceBatch) -> Tensor:
-        """The state at every target of a batch, [B, L, ...]."""
+        """The state at every target of a batch, [P, ...]: a part at a time, as little of it is padding."""
+        parts = [self.part_states(part)[torch.from_numpy(part.targets >= 0)] for part in batch.parts()]
+        return torch.cat(parts)
+
+    def part_states(self, batch: SequenceBatch) -> Tensor:
+        """The state at every place of a batch, [B, L, ...]."""
         x_BLD = self.tables["item"](torch.from_numpy(batch.inputs).to(self.device))
         return self.network.states(x_BLD, torch.from_numpy(batch.lengths).to(self.device))
 

@@ -191,7 +191,7 @@ class TwoTower(Sequential):
             return batch.inputs
         return np.concatenate([batch.inputs[:, :1], batch.targets], axis=1)
 
-    def states(self, batch: SequenceBatch) -> Tensor:
+    def part_states(self, batch: SequenceBatch) -> Tensor:
         rows_BL = torch.from_numpy(self._history(batch)).to(self.device)
         x_BLD = self.embedded(rows_BL)
         if self.config.history == "before":

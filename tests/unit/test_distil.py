@@ -80,7 +80,7 @@ def pieces(model: Any, batch: Any) -> tuple[torch.Tensor, Any, torch.Tensor]:
     """(the student's scores of all items at real positions, their places, their targets)."""
     real = batch.targets >= 0
     with torch.no_grad():
-        states = model.states(batch)[torch.from_numpy(real)]
+        states = model.states(batch)
         return states @ model.tables["item"].weight.T, batch.at[real], torch.from_numpy(batch.targets[real])
 
 

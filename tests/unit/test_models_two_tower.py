@@ -127,7 +127,7 @@ def test_others_are_all_of_the_window_but_the_target(pooling: str) -> None:
     model = trained(model_of(data, history="others", pooling=pooling), data, 2)
     batch = next(model.batches(data, batch_size=4, epoch=0, seed=0, rank=0, world=1))
     with torch.inference_mode():
-        states = model.states(batch)
+        states = model.part_states(batch)
         for b, t in ((0, 0), (1, 3), (3, 4)):
             target = batch.targets[b, t]
             window = [batch.inputs[b, 0], *batch.targets[b]]
