@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from recray.data import feed
@@ -105,7 +106,7 @@ class Sequential(Retriever):
         )
 
     def lookups(self, batch: SequenceBatch) -> dict[str, list[Tensor]]:
-        rows = [torch.from_numpy(batch.inputs)]
+        rows = [torch.from_numpy(self.read(part)) for part in batch.parts()]
         if self.reads_targets or self.config.loss == "sampled":
             rows.append(torch.from_numpy(batch.targets[batch.targets >= 0]))
         if self.config.loss == "sampled":
@@ -140,9 +141,13 @@ class Sequential(Retriever):
         parts = [self.part_states(part)[torch.from_numpy(part.targets >= 0)] for part in batch.parts()]
         return torch.cat(parts)
 
+    def read(self, batch: SequenceBatch) -> NDArray[np.int64]:
+        """The rows that the states are made of, [B, L]."""
+        return batch.inputs
+
     def part_states(self, batch: SequenceBatch) -> Tensor:
         """The state at every place of a batch, [B, L, ...]."""
-        x_BLD = self.tables["item"](torch.from_numpy(batch.inputs).to(self.device))
+        x_BLD = self.tables["item"](torch.from_numpy(self.read(batch)).to(self.device))
         return self.network.states(x_BLD, torch.from_numpy(batch.lengths).to(self.device))
 
     def vectors(self, rows: Tensor) -> Tensor:

@@ -182,17 +182,14 @@ class TwoTower(Sequential):
         return torch.cat([self._tower(ids + self._content(rows)) for ids, rows in parts])
 
     # -- training --------------------------------------------------------------------------------
-    def lookups(self, batch: SequenceBatch) -> dict[str, list[Tensor]]:
-        return {"item": [torch.from_numpy(self._history(batch)), *super().lookups(batch)["item"][1:]]}
-
-    def _history(self, batch: SequenceBatch) -> NDArray[np.int64]:
-        """The rows that the user tower reads, [B, L], or all of the window."""
+    def read(self, batch: SequenceBatch) -> NDArray[np.int64]:
+        """The inputs, or all of the window, [B, L + 1]."""
         if self.config.history == "before":
             return batch.inputs
         return np.concatenate([batch.inputs[:, :1], batch.targets], axis=1)
 
     def part_states(self, batch: SequenceBatch) -> Tensor:
-        rows_BL = torch.from_numpy(self._history(batch)).to(self.device)
+        rows_BL = torch.from_numpy(self.read(batch)).to(self.device)
         x_BLD = self.embedded(rows_BL)
         if self.config.history == "before":
             return self.network.states(x_BLD, torch.from_numpy(batch.lengths).to(self.device))

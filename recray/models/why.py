@@ -12,7 +12,7 @@ Shapes: L reasons, B histories asked at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -130,3 +130,32 @@ def _vector(model: Retriever, row: int) -> Tensor:
         found: Tensor = model.tables["item"](torch.tensor([row], device=model.device))[0]
         return found
     return model.item_vectors()[row]
+
+
+def spread(scores: NDArray[np.float32]) -> tuple[float, float]:
+    """Mean and deviation, as a score is scaled by them."""
+    held = scores.astype(np.float64)
+    return (float(held.mean()), float(held.std())) if len(held) else (0.0, 0.0)
+
+
+def together(parts: Sequence[tuple[float, Reasons, float, float]]) -> Reasons:
+    """Reasons of a mix: of each part its share, its reasons, and the mean and deviation it is scaled by.
+
+    Neighbours stand for items of a history in no way: only the reasons of the first kind are kept.
+    """
+    score, base = 0.0, 0.0
+    rows, weights = [], []
+    kind = parts[0][1].kind
+    for share, part, mean, spread in parts:
+        scale = share / spread if spread > 1e-12 else 0.0
+        score += scale * (part.score - mean)
+        base += scale * (part.base - mean)
+        if part.kind == kind:
+            rows.append(part.rows)
+            weights.append(part.weights * scale)
+        else:
+            base += scale * float(part.weights.sum())
+    additive = all(part.additive for _, part, _, _ in parts)
+    return Reasons.of(
+        score, base, np.concatenate(rows), np.concatenate(weights), kind=kind, additive=additive
+    )
