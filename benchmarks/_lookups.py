@@ -48,6 +48,7 @@ class Work:
     wire: str = "f32"
     transport: str = "auto"  # shared memory where the ranks share a machine; or "gloo"
     dtype: str = "f32"
+    device: str = "cpu"
 
     @staticmethod
     def told() -> Work:
@@ -71,14 +72,15 @@ class Work:
             mass = np.cumsum(np.arange(1, self.rows + 1) ** -ZIPF)
             rank = np.searchsorted(mass, rng.random(shape) * mass[-1])
             made = rng.permutation(self.rows)[np.minimum(rank, self.rows - 1)]
-        return [torch.from_numpy(np.ascontiguousarray(batch[self.share])) for batch in made]
+        mine = [torch.from_numpy(np.ascontiguousarray(batch[self.share])) for batch in made]
+        return [ids.to(self.device) for ids in mine]
 
     def gradient(self) -> Tensor:
         """float32[n, D] of what is looked up, or [samples of this rank, D] of what is pooled."""
         rng = np.random.default_rng(1)
         shape = (self.samples, self.dim) if self.pooled else (self.samples, self.per, self.dim)
         drawn = rng.standard_normal(shape, np.float32)[self.share]
-        return torch.from_numpy(np.ascontiguousarray(drawn.reshape(-1, self.dim)))
+        return torch.from_numpy(np.ascontiguousarray(drawn.reshape(-1, self.dim))).to(self.device)
 
 
 class Lookups:
@@ -114,23 +116,32 @@ class Lookups:
         for number in range(self.at, self.at + steps):
             self.step(batches[number % len(batches)])
         self.at += steps
+        finish(self.work)
         return {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu}
 
     def _gather(self, kind: str, steps: int) -> float:
         """The memory's own speed: the same rows at random out of a tensor of this rank's size."""
         rows = -(-self.work.rows // self.work.ranks)
-        weight_ND = torch.full((rows, self.work.dim), START)
+        weight_ND = torch.full((rows, self.work.dim), START, device=self.work.device)
         flat = [ids.flatten() % rows for ids in self.ids[kind]]
         torch.nn.functional.embedding(flat[0], weight_ND)
         meet(self.work)
         started = time.perf_counter()
         for number in range(steps):
             torch.nn.functional.embedding(flat[number % len(flat)], weight_ND)
+        finish(self.work)
         return time.perf_counter() - started
+
+
+def finish(work: Work) -> None:
+    """Wait for what a GPU was told to do."""
+    if work.device != "cpu":
+        torch.cuda.synchronize()
 
 
 def meet(work: Work) -> None:
     """Nobody goes on before all ranks are here."""
+    finish(work)
     if work.ranks > 1:
         torch.distributed.barrier()
 

@@ -26,7 +26,7 @@ TYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 def open_table(work: Work) -> ShardedTable:
     """This rank's rows."""
-    cpu = torch.device("cpu")
+    device = torch.device(work.device)
     keep_freed_memory()
     if work.ranks > 1:
         join(work)
@@ -35,10 +35,11 @@ def open_table(work: Work) -> ShardedTable:
     table = make_table(
         plain,
         "item",
-        GroupWire(cpu) if work.transport == "gloo" else make_wire(cpu),
+        GroupWire(device) if work.transport == "gloo" else make_wire(device),
         RowOptimizer("adagrad"),
         dtype=TYPES[work.dtype],
         wire_dtype=TYPES[work.wire],
+        device=device,
     )
     table.weight.fill_(START)
     return table

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any
 
 import psutil
+import torch
 
 from benchmarks._lookups import Work
 from benchmarks._process import PeerError, Worker, peer_python
@@ -72,6 +73,37 @@ def pooled_rows(quick: bool) -> Iterator[Row]:
             speeds = measured(workers, kind, rounds=3 if quick else 9, pooled=True)
             for ranks in (1, 2):
                 yield beside_peer(workers, speeds, kind, ranks, pooled=True)
+
+
+def gpu_rows(quick: bool) -> Iterator[Row]:
+    """Unpooled lookups of one GPU beside one core; no row where there is none. TorchRec's CUDA kernels need
+    a build of their own, so there is no peer of the GPU's kind."""
+    if not torch.cuda.is_available():
+        say("no GPU is here: nothing is measured")
+        return
+    with started({"ours 1": partial(ours, 1), "ours gpu": partial(ours, 1, device="cuda")}) as workers:
+        for kind in ("uniform", "zipf"):
+            same_work(workers, kind)
+        for kind in ("uniform", "zipf"):
+            rounds = 3 if quick else 9
+            speeds: Speeds = defaultdict(list)
+            for _ in range(rounds):
+                for name, worker in workers.items():
+                    (answer,) = worker.ask(kind=kind, steps=10 * OURS if "gpu" in name else OURS)
+                    speeds[name].append((10 if "gpu" in name else 1) * OURS * LOOKUPS / answer["seconds"])
+            (answer,) = workers["ours gpu"].ask(kind=kind, gather=10 * OURS)
+            gathered = 10 * OURS * LOOKUPS / answer["seconds"]
+            value = statistics.median(speeds["ours gpu"])
+            given = {
+                "optimizer": "row-wise adagrad", "rounds": rounds, "gather_rows/s": round(gathered),
+                "memory_share": round(value / (gathered / 2), 3),
+                "runs": [round(speed) for speed in speeds["ours gpu"]],
+            }  # fmt: skip
+            yield Row(
+                name="sharded table on a GPU", work=f"1Mx64 {kind} 1 rank", metric="lookups/s", value=value,
+                unit="lookups/s", peer="ours on one core", peer_value=statistics.median(speeds["ours 1"]),
+                seeds=(0,), given=given,
+            )  # fmt: skip
 
 
 def ours(ranks: int, **work: Any) -> Worker:

@@ -9,6 +9,7 @@ ratings           RMSE and MAE on MovieLens-100K
 ml100k            recipes as they come, leave-one-out, full ranking
 two_stages        a ranker behind a retriever, beside the retriever alone
 interests         MIND beside its own one-interest version
+adversarial       models trained under attack beside plain ones, attacked
 
 A work is what --work takes; --only WORD leaves all recipes out whose name does not hold the word. The rows
 that are kept lie in results/quality_*.json, one file a work. The sets lie in ../shared/data or $RECRAY_DATA;
@@ -37,8 +38,12 @@ WORKS = {  # name -> module:function, of (scratch folder, quick, only)
     "ratings": "benchmarks._ratings:ratings_rows",
     "two_stages": "benchmarks._two_stages:two_stage_rows",
     "interests": "benchmarks._interests:interest_rows",
+    "adversarial": "benchmarks._adversarial:adversarial_rows",
 }
-NEEDS = {"ratings": "ml100k", "two_stages": "ml100k", "interests": ""}  # a work whose set has another name
+NEEDS = {  # a work whose set has another name
+    **dict.fromkeys(("ratings", "two_stages", "adversarial"), "ml100k"),
+    "interests": "",
+}
 
 
 def bench(quick: bool, work: str | None = None, only: str = "") -> Iterator[Row]:

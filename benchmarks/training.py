@@ -9,6 +9,7 @@ sasrec_ml1m    next-item predictions a second while training, and test quality; 
 ials           ml1m_ncf, closed form
 feed           the share of a step that waits for its batch, and the memory of a large log
 memory         50 M x 64 on two ranks, checkpoint included
+gpu            the tables' work on one GPU, where there is one
 """
 
 from __future__ import annotations
@@ -68,8 +69,15 @@ def memory(quick: bool) -> Iterator[Row]:
     return memory_rows(quick)
 
 
+def gpu(quick: bool) -> Iterator[Row]:
+    """Unpooled lookups on a GPU."""
+    from benchmarks._tables import gpu_rows
+
+    return gpu_rows(quick)
+
+
 WORKS: dict[str, Callable[[bool], Iterator[Row]]] = {
-    work.__name__: work for work in (tables, pooled, sasrec_ml1m, sasrec_beauty, ials, feed, memory)
+    work.__name__: work for work in (tables, pooled, sasrec_ml1m, sasrec_beauty, ials, feed, memory, gpu)
 }
 
 
