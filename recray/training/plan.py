@@ -13,7 +13,8 @@ is w bytes in memory and v on the wire. What a step does to a table, and what it
 
 With several ranks a row's owner sorts and adds up once more. b is the bandwidth of memory. The parts are
 added up, since on a CPU they share the same cores. Memory is reckoned from above: as if all ids of a step
-were distinct and every step as large as the largest, so that what is said to fit does.
+were distinct and every step as large as the largest, so that what is said to fit does. Validation after an
+epoch gathers whole tables on every rank, and is counted beside the step.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class Work:
     largest: float = 1.0  # the largest step over the mean step
     accumulate: int = 1  # steps an update: so many gradients of rows are kept
     wire: Float = "f32"  # what rows and their gradients travel in
+    validated: bool = False  # after an epoch, for which every rank gathers the whole tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,8 +200,10 @@ def size(count: float) -> str:
 
 def _memory(work: Work, ranks: int) -> dict[str, int]:
     """Bytes of one rank; more ranks make none of them more."""
-    made = dict.fromkeys(("weights", "optimizer", "step", "dense", "process"), 0.0)
+    made = dict.fromkeys(("weights", "optimizer", "step", "validation", "dense", "process"), 0.0)
     for t in work.tables:
+        if work.validated:  # as they come, and in order of row
+            made["validation"] += t.rows * t.dim * (FLOAT[t.dtype] + 4)
         held = Layout(t.rows, ranks).share
         a_row, a_float = SLOTS[t.optimizer]
         made["weights"] += held * t.dim * FLOAT[t.dtype]
@@ -258,12 +262,14 @@ def _seconds(work: Work, ranks: int, machine: Machine, sent: Mapping[str, int]) 
 
 
 def _fitting(plan: RunPlan) -> Iterator[str]:
-    """What would fit, in a few words each: more workers, smaller floats, less state, fewer floats."""
+    """What would fit, in a few words each: no validation, more workers, smaller floats, less state."""
     work, ranks = plan.work, plan.ranks
 
     def fits(work: Work, ranks: int = ranks) -> bool:
         return sum(_memory(work, ranks).values()) <= plan.machine.memory
 
+    if work.validated and fits(dataclasses.replace(work, validated=False)):
+        yield "train.valid_users=0"
     if fits(work, MOST_RANKS):
         fewest = _first(ranks, MOST_RANKS, lambda count: fits(work, count))
         yield f"{fewest:,} workers that have {size(plan.machine.memory)} each"

@@ -77,6 +77,7 @@ def recipe_work(recipe: Recipe, catalogue: Catalogue, *, ranks: int = 1, data: D
         largest=max(1.0, train.batch_size * length / positions) if positions else 1.0,
         accumulate=train.accumulate,
         wire=train.wire,
+        validated=bool(train.valid_users) and (data is None or data.has_split("valid")),
     )
 
 

@@ -59,6 +59,7 @@ works = st.builds(
     tables=st.lists(tables, min_size=1, max_size=3).map(
         lambda made: tuple(dataclasses.replace(t, name=f"table{i}") for i, t in enumerate(made))
     ),
+    validated=st.booleans(),
     dense=st.integers(0, 10**8),
     activations=st.floats(0, 1e9),
     largest=st.floats(1, 10),
@@ -131,6 +132,8 @@ def test_what_is_said_to_fit_does(work: Work, ranks: int, short: float) -> None:
 
 def follow(words: str, work: Work, ranks: int) -> tuple[Work, int]:
     """Do what a refusal says."""
+    if words == "train.valid_users=0":
+        return dataclasses.replace(work, validated=False), ranks
     if found := re.fullmatch(r"([\d,]+) workers that have .* each", words):
         return work, int(found[1].replace(",", ""))
     change: dict[str, Any] = dict(re.findall(r"train\.table_(\w+)=(\w+)", words))
@@ -194,6 +197,15 @@ def test_fifty_million_rows_train_on_two_ranks_of_one_machine() -> None:
         settings = Train(table_optimizer="adagrad", table_dtype=dtype)  # type: ignore[arg-type]
         plan = make_plan(table_work(50e6, 64, asked=40960, train=settings), 2, BIG)
         assert 0.6 * room * GIB < 2 * plan.bytes < room * GIB
+
+
+def test_validation_that_gathers_a_table_is_counted() -> None:
+    bare = table_work(50e6, 64, asked=40960, train=Train(table_optimizer="adagrad"))
+    work = dataclasses.replace(bare, validated=True)
+    more = make_plan(work, 2, BIG).bytes - make_plan(bare, 2, BIG).bytes
+    assert more == 2 * 50_000_000 * 64 * 4
+    with pytest.raises(InputError, match="valid_users=0"):
+        check_fits(make_plan(work, 2, Machine(memory=12 * GIB)))
 
 
 @pytest.mark.parametrize(
