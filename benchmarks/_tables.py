@@ -15,9 +15,9 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from benchmarks._lookups import Work
@@ -247,7 +247,7 @@ def memory_rows(quick: bool) -> Iterator[Row]:
 
 
 def memory_row(rows: int, dtype: str) -> Row:
-    """The peak of both processes' resident bytes: what they share counts twice, so it is no lower."""
+    """The peak of both processes' resident bytes, pages that they share counted once."""
     with tempfile.TemporaryDirectory(prefix="recray-bench-") as folder:
         with (
             ours(2, rows=rows, dtype=dtype, kinds=["uniform"], batches=8) as worker,
@@ -270,18 +270,19 @@ def memory_row(rows: int, dtype: str) -> Row:
 
 
 class Peak:
-    """The largest sum of some processes' resident bytes while the block runs, looked at 20 times a second."""
+    """The largest sum of some processes' proportional set sizes while the block runs, looked at 4 times a
+    second: each page counts once, shared among those that map it."""
 
     def __init__(self, pids: Sequence[int]) -> None:
-        self._watched = [psutil.Process(pid) for pid in pids]
+        self._watched = [Path(f"/proc/{pid}/smaps_rollup") for pid in pids]
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self.bytes = 0
 
     def _watch(self) -> None:
-        while not self._over.wait(0.05):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                self.bytes = max(self.bytes, sum(process.memory_info().rss for process in self._watched))
+        while not self._over.wait(0.25):
+            with contextlib.suppress(OSError):  # one has ended
+                self.bytes = max(self.bytes, sum(_proportional(file) for file in self._watched))
 
     def __enter__(self) -> Peak:
         self._thread.start()
@@ -290,3 +291,9 @@ class Peak:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
+
+
+def _proportional(file: Path) -> int:
+    """Bytes."""
+    (line,) = (line for line in file.read_text().splitlines() if line.startswith("Pss:"))
+    return int(line.split()[1]) * 1024
