@@ -39,7 +39,7 @@ ML1M = (
     Line(recipe="popularity"),
     Line(recipe="item-knn"),
     Line(
-        recipe="esasrec@ml1m",
+        recipe="sasrec@ml1m",
         floor=(0.300, 0.170),
         goal=(0.330, 0.190),
         peers={**ML1M_PUBLISHED, RECTOOLS: ()},

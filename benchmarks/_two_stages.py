@@ -36,8 +36,8 @@ class Pair:
 
 PAIRS = (
     Pair("ml100k", ml100k, "sasrec", "dcn"),
-    Pair("s3rec_beauty", s3rec_beauty, "esasrec@s3rec_beauty", "dcn@s3rec_beauty", slow=True),
-    Pair("ml1m", ml1m, "esasrec@ml1m", "dcn@ml1m", slow=True),
+    Pair("s3rec_beauty", s3rec_beauty, "sasrec@s3rec_beauty", "dcn@s3rec_beauty", slow=True),
+    Pair("ml1m", ml1m, "sasrec@ml1m", "dcn@ml1m", slow=True),
 )
 
 

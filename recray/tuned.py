@@ -29,13 +29,10 @@ TUNED: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> (recipe, changes)
         ("options.dim=64", "options.max_len=200", "train.batch_size=64", "train.lr=0.002", "train.epochs=20"),
     ),
     # MovieLens-1M in order: 166 a user
-    "esasrec@ml1m": (
-        "esasrec",
-        ("options.dim=128", "options.max_len=200", "train.epochs=60", "train.patience=5"),
-    ),
+    "sasrec@ml1m": ("sasrec", ("train.batch_size=128", "train.epochs=60", "train.patience=5")),
     "dcn@ml1m": ("dcn", ("train.batch_size=64",)),
     # Amazon Beauty in order: 12 k items, 9 a user
-    "sasrec@s3rec_beauty": ("sasrec", ("train.batch_size=128", "options.dropout=0.5")),
+    "sasrec@s3rec_beauty": ("sasrec", ("train.batch_size=128", "options.dropout=0.4", "train.patience=4")),
     "esasrec@s3rec_beauty": ("esasrec", ("train.batch_size=128", "options.dropout=0.5")),
     "mind@s3rec_beauty": ("mind", ("train.batch_size=128",)),
     "dcn@s3rec_beauty": ("dcn", ("train.batch_size=64",)),

@@ -106,7 +106,7 @@ class Sequential(Retriever):
         )
 
     def lookups(self, batch: SequenceBatch) -> dict[str, list[Tensor]]:
-        rows = [torch.from_numpy(self.read(part)) for part in batch.parts()]
+        rows = [torch.from_numpy(_real(self.read(batch)))]
         if self.reads_targets or self.config.loss == "sampled":
             rows.append(torch.from_numpy(batch.targets[batch.targets >= 0]))
         if self.config.loss == "sampled":
@@ -138,16 +138,29 @@ class Sequential(Retriever):
     # -- what a model may do in its own way ------------------------------------------------------
     def states(self, batch: SequenceBatch) -> Tensor:
         """The state at every target of a batch, [P, ...]: a part at a time, as little of it is padding."""
-        parts = [self.part_states(part)[torch.from_numpy(part.targets >= 0)] for part in batch.parts()]
-        return torch.cat(parts)
+        x_RD = self.embedded(torch.from_numpy(_real(self.read(batch))).to(self.device))  # ranks read alike
+        made, start = [], 0
+        for part in batch.parts():
+            rows_BL = self.read(part)
+            places_R = torch.from_numpy(np.flatnonzero(rows_BL >= 0)).to(self.device)
+            stop = start + len(places_R)
+            x_BLD = x_RD.new_zeros(rows_BL.size, x_RD.shape[1]).index_copy(0, places_R, x_RD[start:stop])
+            states_BL = self.part_states(part, x_BLD.view(*rows_BL.shape, -1))
+            made.append(states_BL[torch.from_numpy(part.targets >= 0)])
+            start = stop
+        return torch.cat(made)
 
     def read(self, batch: SequenceBatch) -> NDArray[np.int64]:
         """The rows that the states are made of, [B, L]."""
         return batch.inputs
 
-    def part_states(self, batch: SequenceBatch) -> Tensor:
-        """The state at every place of a batch, [B, L, ...]."""
-        x_BLD = self.tables["item"](torch.from_numpy(self.read(batch)).to(self.device))
+    def embedded(self, rows: Tensor) -> Tensor:
+        """What the network is told of items, float32[..., D]."""
+        found: Tensor = self.tables["item"](rows)
+        return found
+
+    def part_states(self, batch: SequenceBatch, x_BLD: Tensor) -> Tensor:
+        """The state at every place of a batch, [B, L, ...], by what `embedded` gave for `read`."""
         return self.network.states(x_BLD, torch.from_numpy(batch.lengths).to(self.device))
 
     def vectors(self, rows: Tensor) -> Tensor:
@@ -189,7 +202,7 @@ class Sequential(Retriever):
     def inputs(self, histories: Histories) -> tuple[Tensor, ...]:
         """What the network eats: item vectors float32[B, L, D] oldest first, and lengths int64[B]."""
         rows_BL, lengths_B = self.padded(histories)
-        return self.tables["item"](rows_BL), lengths_B
+        return self.embedded(rows_BL), lengths_B
 
     def padded(self, histories: Histories) -> tuple[Tensor, Tensor]:
         """The newest `max_len` known items of each, right-padded: (rows int64[B, L], lengths int64[B])."""
@@ -207,3 +220,8 @@ class Sequential(Retriever):
         parts = [order[start : start + AT_ONCE] for start in range(0, len(order), AT_ONCE)]
         found = torch.cat([self.network(*self.inputs(histories.take(part))) for part in parts])
         return found[torch.from_numpy(np.argsort(order)).to(found.device)]
+
+
+def _real(rows_BL: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Those that are no padding, int64[R], row by row."""
+    return rows_BL[rows_BL >= 0]

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from recray.data.batches import Sampling, SequenceBatch
 from recray.data.item_features import item_features, vocabulary_of
-from recray.data.sequences import PAD, Histories
+from recray.data.sequences import PAD
 from recray.errors import ConfigError
 from recray.models.base import Catalogue
 from recray.models.embeddings import DenseTable
@@ -188,19 +188,13 @@ class TwoTower(Sequential):
             return batch.inputs
         return np.concatenate([batch.inputs[:, :1], batch.targets], axis=1)
 
-    def part_states(self, batch: SequenceBatch) -> Tensor:
-        rows_BL = torch.from_numpy(self.read(batch)).to(self.device)
-        x_BLD = self.embedded(rows_BL)
+    def part_states(self, batch: SequenceBatch, x_BLD: Tensor) -> Tensor:
         if self.config.history == "before":
-            return self.network.states(x_BLD, torch.from_numpy(batch.lengths).to(self.device))
+            return super().part_states(batch, x_BLD)
+        rows_BL = torch.from_numpy(self.read(batch)).to(self.device)
         targets_BT = torch.from_numpy(batch.targets).to(self.device)
         others_BTL = (rows_BL >= 0).unsqueeze(1) & (rows_BL.unsqueeze(1) != targets_BT.unsqueeze(2))
         return self.network.users(x_BLD, others_BTL)
 
     def full_softmax(self, states: Tensor, targets_P: Tensor) -> Tensor:
         return full_softmax(states, self.item_vectors(), targets_P)
-
-    # -- answering -------------------------------------------------------------------------------
-    def inputs(self, histories: Histories) -> tuple[Tensor, ...]:
-        rows_BL, lengths_B = self.padded(histories)
-        return self.embedded(rows_BL), lengths_B

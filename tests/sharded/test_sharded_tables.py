@@ -41,12 +41,12 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "sasrec, in batch": ("sasrec", {**SAMPLED, "sampling": "in-batch"}, "sgd"),
     "gru4rec, full softmax": ("gru4rec", {**SEQUENCES, "units": 8}, "adam"),
     "caser, mixed": ("caser", {**DRAWN, "window": 3, "filters": 4, "units": 8}, "adagrad"),
-    "mind, full softmax": ("mind", {**SEQUENCES, "max_len": 12, "hardness": 2.0}, "sgd"),
+    "mind, full softmax": ("mind", {**SEQUENCES, "max_len": 12, "hardness": 3.0}, "sgd"),
     "two-tower, mixed": ("two-tower", {**DRAWN, "units": 8}, "adam"),
     "neumf, sampled": ("neumf", NEUMF, "adagrad"),
     "neumf, bpr": ("neumf", {**NEUMF, "loss": "bpr"}, "adam"),
     "dlrm, sampled": ("dlrm", NEUMF, "adam"),
-    "dcn, bce": ("dcn", {**NEUMF, "loss": "bce", "rank": 2}, "adagrad"),
+    "dcn, bce": ("dcn", {**NEUMF, "loss": "bce", "rank": 2}, "sgd"),
 }
 
 
