@@ -16,6 +16,7 @@ EXAMPLE = "recray show runs/bundle"
 def options(parser: ArgumentParser) -> None:
     """Declare the verb's options."""
     parser.add_argument("artefact", metavar="ARTEFACT", help="a folder or URI with a manifest.json")
+    parser.add_argument("--trial", metavar="ID", help="of a search: one trial in full, by number or hash")
     json_option(parser)
 
 
@@ -23,9 +24,10 @@ def run(given: Namespace) -> Output:
     """Call the verb."""
     from recray import api
 
-    found = api.show(given.artefact)
+    found = api.show(given.artefact, trial=given.trial)
     parents = {
-        f"made from {p['role']}": f"{p['uri']} ({p['hash'][:12]}, {p['found']})" for p in found["lineage"]
+        f"made from {p['role']}": f"{p['uri']} ({p['hash'][:12]}, {p['found']})"
+        for p in found.get("lineage", ())
     }
     return Output(table(_rows({**found, **parents})), found)
 

@@ -28,12 +28,23 @@ def plan_of_trial(search: Artefact, trial: str | None = None) -> Plan:
     return config.build(Plan, found["detail"]["plan"], where="plan")
 
 
+def told_trial(search: Artefact, name: str) -> dict[str, Any]:
+    """All that is kept of one trial, named as for `plan_of_trial`, and its row of `front.json`.
+
+    The values of each user are left out. Raises InputError for a name that means none or several.
+    """
+    found = _named(search, name)
+    front = json.loads(search.file("front.json").read_bytes())
+    row: dict[str, Any] = next((row for row in front["trials"] if row["trial"] == found["hash"]), {})
+    detail = {key: value for key, value in found["detail"].items() if key != "values"}
+    return {**row, "number": found["number"], "seconds": found["seconds"], "detail": detail}
+
+
 def _named(search: Artefact, name: str) -> dict[str, Any]:
     files = [file for file in search.manifest.files if file.startswith("trials/")]
-    matching = [file for file in files if file.startswith(f"trials/{name}")]
-    trials = [json.loads(search.file(file).read_bytes()) for file in matching or files]
-    if not matching:
-        trials = [one for one in trials if name.isdecimal() and one["number"] == int(name)]
+    every = [json.loads(search.file(file).read_bytes()) for file in files]
+    trials = [one for one in every if name.isdecimal() and one["number"] == int(name)]
+    trials = trials or [one for one in every if one["hash"].startswith(name)]
     if len(trials) != 1:
         known = ", ".join(sorted(file[7:15] for file in files)[:8])
         what = "several trials" if trials else "no trial"

@@ -2,27 +2,58 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from recray.data.dataset import Dataset
-from recray.errors import BudgetError, ConfigError
+from recray.errors import BudgetError, ConfigError, RecrayError
 from recray.manifest import Artefact, versions
 from recray.models.base import Model, Ranker, Retriever
 from recray.models.saved import load_model
-from recray.progress import say
+from recray.progress import say, warn
 from recray.storage import Place
-from recray.tuning import packing
+from recray.tuning import front_page, packing
+from recray.tuning.forecast import Forecast, part_points, smallest
 from recray.tuning.judge import Judge
 from recray.tuning.latency import Effort
-from recray.tuning.pareto import Budget, milliseconds
+from recray.tuning.money import Price, bill
+from recray.tuning.pareto import Budget, megabytes, milliseconds
 from recray.tuning.results import open_cache, write_search
 from recray.tuning.searcher import ConstrainedSearcher
-from recray.tuning.space import Point, Space
+from recray.tuning.space import Space
 from recray.tuning.sweep import Objective, Sweep, run
+from recray.tuning.trial import Trial
+
+PARTS_FROM = 12  # trials from which single choices are measured beforehand: they take as long as a few trials
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What is asked for: seconds of p99 and bytes; money per 1,000 recommendations, if it is limited; the
+    load in requests a second (0: one client), spread over a replica a core; and where a core is rented."""
+
+    p99: float
+    size: float
+    cost: float = math.inf
+    rps: float = 0.0
+    price: Price = field(default_factory=Price)
+
+    @property
+    def budget(self) -> Budget:
+        """Raises ConfigError for limits that nothing fits."""
+        if not 0 <= self.rps < math.inf:
+            raise ConfigError(f"a load of {self.rps:g} requests/s", fix="give --rps of 1 or more")
+        return Budget(self.p99, self.size, self.cost)
+
+    def effort(self, effort: Effort, http: float) -> Effort:
+        """A measurement under the load that one replica has."""
+        if not self.rps:
+            return effort
+        return replace(effort, rate=self.rps / cores(), beside=http)
 
 
 def search_compress(
@@ -30,8 +61,7 @@ def search_compress(
     ranker: Artefact | None,
     dataset: Dataset,
     *,
-    p99_s: float,
-    size_bytes: float,
+    limits: Limits,
     trials: int = 20,
     out: str | os.PathLike[str] | Place,
     http_overhead_s: float = 0.0,
@@ -43,26 +73,33 @@ def search_compress(
     seed: int = 0,
     address: str | None = None,
     objective: Objective | None = None,
+    parts: bool | None = None,
 ) -> Artefact:
-    """Search plans for the best `metric` with p99 <= p99_s and size <= size_bytes; leave a search.
+    """Search plans for the best `metric` within the limits; leave a search.
 
     Quality is measured on at most `users` validation cases, never on the test split; p99 is one user at
-    a time on a pinned core plus `http_overhead_s`, the measured share of the way to it; size is the
-    bytes of tables, graphs and index. The first trial is always the uncompressed plan.
+    a time on a pinned core (or the load's share of one) plus `http_overhead_s`, the measured share of the
+    way to it; size is the bytes of tables, graphs and index. The first trial is the uncompressed plan.
 
     Of the trials that fit, those whose quality cannot be told from the best one's - the 95 % interval
     of the paired difference holds zero, and the difference is at most `tolerance` of it - compete by
     p99 x bytes; the winner is chosen. Raises ConfigError for a budget that can fit nothing, BudgetError
-    (after writing the search) when no trial fits, RecrayError when every trial failed.
+    when no table is small enough, or (after writing the search) when no trial fits, RecrayError when every
+    trial failed.
 
     workers: trials at once on Ray Tune; 0 runs them here. `objective` replaces building and measuring.
+    parts: whether single choices are measured first (see `forecast.py`); None: from PARTS_FROM trials on.
     """
-    budget = Budget(p99_s, size_bytes)
-    if not 0 <= http_overhead_s < p99_s:
+    budget = limits.budget
+    if not 0 <= http_overhead_s < limits.p99:
         raise ConfigError(
-            f"{milliseconds(p99_s)} of p99 leave nothing beside the {milliseconds(http_overhead_s)} of HTTP",
+            f"{milliseconds(limits.p99)} of p99 leave nothing beside the "
+            f"{milliseconds(http_overhead_s)} of HTTP",
             fix="give a larger --p99",
         )
+    models = _models(retriever, ranker, dataset)
+    space = _space(*models)
+    _check_size(space, models, limits.size)
     parents = {"dataset": dataset.artefact, "checkpoint": retriever}
     if ranker is not None:
         parents["ranker"] = ranker
@@ -73,61 +110,177 @@ def search_compress(
         metric=metric,
         users=users,
         seed=seed,
-        effort=effort or Effort(),
+        effort=limits.effort(effort or Effort(), http_overhead_s),
     )
-    searcher, usual = _searcher(retriever, ranker, tried, p99_s - http_overhead_s, size_bytes)
     hashes = {role: parent.hash for role, parent in parents.items()}
-    cache = open_cache(out, {"inputs": hashes, "given": tried.settings(), **_here()})
-    reference = cache.hash(packing.canonical(usual))
-    judge = Judge(budget, metric, http_overhead_s, tolerance, reference)
-    sweep = Sweep(searcher, cache, trials, describe=judge.line, usual=usual)
+    work = Work(space, models, tried, budget, limits, http_overhead_s, tolerance, out, hashes)
     with tempfile.TemporaryDirectory(prefix="recray-pieces-", ignore_cleanup_errors=True) as pieces:
         asked = objective or replace(tried, pieces=pieces)
-        found = run(sweep, asked, workers=workers, address=address)
-    front, chosen = judge.verdict(found, usual, searcher.rejected)
+        if objective is None and (trials >= PARTS_FROM if parts is None else parts):
+            work.measure_parts(replace(tried, pieces=pieces), workers, address)
+        found = run(work.sweep(trials, race=objective is None), asked, workers=workers, address=address)
+    front, chosen = work.judge.verdict(found, work.usual, work.searcher.rejected)
     recipe = {
         "search": "compress",
-        "budget": {"p99": p99_s, "size": size_bytes, "http": http_overhead_s},
+        "budget": work.judge.terms(),
         "given": {**tried.settings(), "trials": trials, "tolerance": tolerance},
     }
-    made = write_search(out, cache, found, front=front, chosen=chosen, parents=parents, recipe=recipe)
+    made = write_search(
+        out, work.cache, found, front=front, chosen=chosen, parents=parents, recipe=recipe, parts=work.parts,
+        pages={front_page.PAGE: front_page.page(front), front_page.PICTURE: front_page.picture(front)},
+    )  # fmt: skip
+    _tell(made, front, chosen)
+    return made
+
+
+class Work:
+    """What a search is made of: caches beside `out`, forecast, judge and searcher."""
+
+    def __init__(
+        self,
+        space: Space,
+        models: tuple[Retriever, Ranker | None],
+        tried: packing.PlanTrial,
+        budget: Budget,
+        limits: Limits,
+        http: float,
+        tolerance: float,
+        out: str | os.PathLike[str] | Place,
+        hashes: dict[str, str],
+    ) -> None:
+        self.space, self.tried = space, tried
+        first = packing.first_points(space)
+        self.usual = first[0]
+        context = {"inputs": hashes, "given": tried.settings(), **_here()}
+        self.cache = open_cache(out, context)
+        self.parts = open_cache(out, {**context, "given": tried.as_part().settings()}, "parts")
+        self.forecast = Forecast(
+            space,
+            *models,
+            budget,
+            tried.metric,
+            overhead=http,
+            seed=tried.seed,
+            cost=lambda seconds, size: bill(seconds, size, limits.price, limits.rps).total,
+        )
+        self.judge = Judge(
+            budget,
+            tried.metric,
+            http,
+            tolerance,
+            self.cache.hash(packing.canonical(self.usual)),
+            price=limits.price,
+            rps=limits.rps,
+            forecast=self.forecast,
+        )
+        terms = {"p99": limits.p99 - http, "bytes": limits.size}
+        self.searcher = ConstrainedSearcher(
+            space,
+            {tried.metric: "max"},
+            limits=terms if math.isinf(limits.cost) else {**terms, "cost": limits.cost},
+            seed=tried.seed,
+            first=first,
+            canonical=packing.canonical,
+            tidy=lambda point: packing.tidy(point, self.usual),
+            bound=self.forecast.bound,
+            propose=self.forecast.propose,
+            derive=self.judge.derived,
+        )
+
+    def sweep(self, trials: int, until: float = math.inf, *, race: bool = False) -> Sweep:
+        """The search's trials; each is told to the forecast, too. until: see `Sweep`. race: see `race.py`."""
+        return Sweep(
+            self.searcher,
+            self.cache,
+            trials,
+            describe=self.judge.line,
+            usual=self.usual,
+            heard=self.forecast.learn,
+            until=until,
+            beside=self.forecast.rival if race else None,
+        )
+
+    def measure_parts(self, tried: packing.PlanTrial, workers: int, address: str | None) -> None:
+        """Measure every single choice once; what fails, fails alone. Parts measured before are kept."""
+        points = part_points(self.space, self.usual)
+        fixed = ConstrainedSearcher(
+            self.space, {tried.metric: "max"}, first=points, canonical=packing.canonical
+        )
+        sweep = Sweep(
+            fixed,
+            self.parts,
+            len(points),
+            describe=lambda part: _part_line(part, tried.metric),
+            usual=self.usual,
+            heard=lambda part: self.forecast.learn(part, part=True),
+            noun="part",
+        )
+        try:
+            run(sweep, tried.as_part(), workers=workers, address=address)
+        except RecrayError as error:  # the trials will say what is wrong
+            warn(f"no part could be measured: {error}")
+
+
+def _part_line(part: Trial, metric: str) -> str:
+    stages = part.detail["latency"]["stages"]
+    told = "  ".join(f"{name} {milliseconds(stage['p50'])}" for name, stage in stages.items())
+    return f"{metric} {part.metrics[metric]:.4f}  {told}  {megabytes(part.metrics['bytes'])}"
+
+
+def _tell(made: Artefact, front: dict[str, Any], chosen: dict[str, Any]) -> None:
+    """The table, how far the forecast is to be trusted, the choice; BudgetError where there is none."""
+    say(front_page.table(front))
+    say(f"latency as predicted: {front['predictor']['words']}")
+    if front["rejected_unmeasured"]:
+        say(f"{front['rejected_unmeasured']} plans were left out unbuilt: they cannot fit")
+    say(f"quality against p99 and bytes: {made.place / front_page.PAGE}")
     if chosen["trial"] is None:
         raise BudgetError(
             chosen["why"], fix=f"give a larger budget or more --trials; {made.place} keeps what was tried"
         )
     say(f"chosen: {chosen['why']}")
-    return made
 
 
-def _searcher(
-    retriever: Artefact, ranker: Artefact | None, tried: packing.PlanTrial, p99: float, size: float
-) -> tuple[ConstrainedSearcher, Point]:
-    """The searcher over these models' plans, and the uncompressed point that it tries first."""
-    models = load_model(retriever), None if ranker is None else load_model(ranker)
-    space = _space(*models)
-    first = packing.first_points(space)
-    made = ConstrainedSearcher(
-        space,
-        {tried.metric: "max"},
-        limits={"p99": p99, "bytes": size},
-        seed=tried.seed,
-        first=first,
-        canonical=packing.canonical,
-        tidy=lambda point: packing.tidy(point, first[0]),
-        bound=lambda point: {"bytes": packing.table_bytes(point, *models)},
-    )
-    return made, first[0]
+def _models(
+    retriever: Artefact, ranker: Artefact | None, dataset: Dataset
+) -> tuple[Retriever, Ranker | None]:
+    """Both models, checked against each other and the dataset before anything is built."""
+    first, second = load_model(retriever), None if ranker is None else load_model(ranker)
+    if not isinstance(first, Retriever):
+        raise ConfigError(f"{first.name} is not a retriever", fix="give it as --ranker")
+    if second is not None and not isinstance(second, Ranker):
+        raise ConfigError(f"{second.name} is not a ranker", fix="give it as the checkpoint")
+    for model, artefact in ((first, retriever), (second, ranker)):
+        if model is not None and artefact is not None and model.n_items != dataset.n_items:
+            raise ConfigError(
+                f"knows {model.n_items} items and the dataset has {dataset.n_items}",
+                where=artefact.place,
+                fix="give checkpoints that were trained on the same dataset",
+            )
+    return first, second
 
 
-def _space(retriever: Model, ranker: Model | None) -> Space:
-    if not isinstance(retriever, Retriever):
-        raise ConfigError(f"{retriever.name} is not a retriever", fix="give it as --ranker")
-    if ranker is not None and not isinstance(ranker, Ranker):
-        raise ConfigError(f"{ranker.name} is not a ranker", fix="give it as the checkpoint")
+def _check_size(space: Space, models: tuple[Model, Model | None], size: float) -> None:
+    """Raise BudgetError where the tables alone are over the budget, whatever their codec."""
+    least, words = smallest(space, *models)
+    if least > size:
+        raise BudgetError(
+            f"no plan fits {megabytes(size)}: the smallest tables ({words}) alone take {megabytes(least)}, "
+            f"size is {least / size - 1:.0%} over",
+            fix="give a larger --size, or train fewer dimensions",
+        )
+
+
+def _space(retriever: Retriever, ranker: Ranker | None) -> Space:
     space = packing.plan_space(retriever, ranker)
     if space is None:
         raise ConfigError(f"there is nothing to compress in {retriever.name}", fix="bundle it as it is")
     return space
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _here() -> dict[str, Any]:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class Effort:
 
     width: (high - low) / p99 that is narrow. least, most: requests. seconds: cap of the timed part.
     warmup: requests before the first counted one. threads: of every library in the child.
+    rate: requests a second that arrive at this process, one at a time and at random; 0: the next one comes
+    when the last is answered. beside: seconds of the same core that each of them takes elsewhere (HTTP).
     """
 
     width: float = 0.2
@@ -46,9 +48,12 @@ class Effort:
     seconds: float = 10.0
     warmup: int = 50
     threads: int = 1
+    rate: float = 0.0
+    beside: float = 0.0
 
     def __post_init__(self) -> None:
-        if min(self.width, self.seconds) <= 0 or min(self.least, self.threads) < 1 or self.warmup < 0:
+        low = min(self.warmup, self.rate, self.beside)
+        if min(self.width, self.seconds) <= 0 or min(self.least, self.threads) < 1 or low < 0:
             raise ConfigError(f"a measurement cannot be taken with {self}", fix="give more than zero")
 
 
@@ -58,7 +63,8 @@ class Measurement:
 
     low, high: 95 % interval of p99. narrow: whether it became as narrow as asked before the cap; the
     interval is told either way. cpu: share of the time that the child had its core (below about .95
-    something else ran there). repeats: requests timed; seconds: what timing them took.
+    something else ran there). repeats: requests timed; seconds: what timing them took. mean: of answering
+    alone, without waiting in the queue of a load. stages: the parts of a request, their p50 and p99.
     """
 
     p50: float
@@ -70,6 +76,8 @@ class Measurement:
     cpu: float
     repeats: int
     seconds: float
+    mean: float = 0.0
+    stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def measure(call: str, arguments: Mapping[str, Any], effort: Effort | None = None) -> Measurement:

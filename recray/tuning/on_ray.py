@@ -46,7 +46,7 @@ def run_on_ray(sweep: Sweep, objective: Objective, *, workers: int, address: str
     """
     if sweep.over:
         return
-    with connect.session(address, num_cpus=max(workers, os.cpu_count() or 1)), _quiet():
+    with connect.session(address, num_cpus=max(workers, os.cpu_count() or 1)), quiet_tune():
         scratch = tempfile.mkdtemp(prefix="recray-tune-")
         try:
             tuner = tune.Tuner(
@@ -124,7 +124,7 @@ class _Asking(Searcher):  # type: ignore[misc]
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_tune() -> Iterator[None]:
     """Tune's settings for the block, its log and its words kept from the user's."""
     before = {name: os.environ.get(name) for name in SETTINGS}
     logger = logging.getLogger("ray.tune")

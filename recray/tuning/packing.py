@@ -9,24 +9,29 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
 from recray import config, evaluation
 from recray.bundles.build import build
+from recray.bundles.bundle import Bundle
 from recray.bundles.plan import Codecs, Plan, choices, codec_of
 from recray.compression.codec import codec_named
 from recray.data.dataset import Cases, Dataset, open_dataset
 from recray.manifest import Artefact, open_artefact
 from recray.models.base import Model, Ranker, Retriever
 from recray.models.embeddings import Table
-from recray.tuning.latency import Effort, measure, slot
+from recray.tuning.latency import Effort, Measurement, measure, slot
+from recray.tuning.probe import measured_here
+from recray.tuning.race import raced
 from recray.tuning.space import Dimension, Point, Scalar, Space
 from recray.tuning.trial import Outcome
 
@@ -38,6 +43,7 @@ USED_BY = {name: index for index, ranges in VARIES.items() for name in ranges}
 CANDIDATES = (20, 400)
 ASKED = 500  # histories that are timed in turn
 K = 10
+PART_USERS, PART_SECONDS = 500, 0.5  # of a part
 
 
 def plan_space(retriever: Retriever, ranker: Ranker | None) -> Space | None:
@@ -91,10 +97,11 @@ def first_points(space: Space) -> list[Point]:
 def table_bytes(point: Mapping[str, Scalar], retriever: Model, ranker: Model | None) -> int:
     """The bytes of the encoded tables, which a plan's bundle cannot go below; known without building."""
     plan = plan_of(point)
-    return _coded(retriever, plan.retriever_codec) + _coded(ranker, plan.ranker_codec)
+    return coded_bytes(retriever, plan.retriever_codec) + coded_bytes(ranker, plan.ranker_codec)
 
 
-def _coded(model: Model | None, codecs: Codecs) -> int:
+def coded_bytes(model: Model | None, codecs: Codecs) -> int:
+    """Bytes of a model's tables, stored so; 0 without a model."""
     if model is None:
         return 0
     tables = {name: cast(Table, table) for name, table in model.tables.items()}
@@ -108,8 +115,12 @@ def _coded(model: Model | None, codecs: Codecs) -> int:
 class PlanTrial:
     """The objective of `search_compress`: point -> quality per user, latency, bytes. Travels by value.
 
-    pieces: a folder of the driver's machine where encoded parts are kept between trials; each process
-    has its own folder in it. A worker on another machine, where it is not, encodes every time.
+    pieces: a folder of the driver's machine where encoded tables, graphs and indexes are kept between trials,
+    named by what they hold. A worker on another machine, where it is not, encodes every time.
+    part: not a trial, but a part to be put together with others: timed shortly and in this process.
+
+    Called with a point and maybe a rival's value for each user, see `race.py`. A plan that is beaten by it is
+    not asked for the other users (`detail["raced"]` says by how many it was), and timed shortly.
     """
 
     retriever: str
@@ -120,57 +131,93 @@ class PlanTrial:
     seed: int
     effort: Effort = field(default_factory=Effort)
     pieces: str | None = None
+    part: bool = False
 
     def settings(self) -> dict[str, Any]:
         """What of this decides the outcome of a trial, beside the inputs' hashes."""
-        return {"metric": self.metric, "users": self.users, "seed": self.seed, "effort": asdict(self.effort)}
+        told = {"metric": self.metric, "users": self.users, "seed": self.seed, "effort": asdict(self.effort)}
+        return {**told, "part": True} if self.part else {**told, "users in": "random order"}
 
-    def __call__(self, point: Point) -> Outcome:
+    def as_part(self) -> PlanTrial:
+        """The same with fewer users and a short timing."""
+        effort = Effort(least=200, most=2000, seconds=PART_SECONDS, warmup=20, threads=self.effort.threads)
+        return replace(self, part=True, users=min(self.users, PART_USERS), effort=effort)
+
+    def __call__(self, point: Point, rival: Sequence[float] | None = None) -> Outcome:
         with tempfile.TemporaryDirectory(prefix="recray-trial-") as scratch, ExitStack() as stack:
-            stack.enter_context(slot(shared=True))
+            stack.enter_context(_threads(self.effort.threads if self.part else None))
+            shared = stack.enter_context(ExitStack())
+            shared.enter_context(slot(shared=True))
             data, cases = _asked(self.dataset, self.users, self.seed)
             retriever, ranker = _checkpoints(self.retriever, self.ranker)
             folder = Path(scratch)
             plan = plan_of(point)
             pieces = self._pieces()
             bundle = build(folder / "bundle", retriever, ranker, data, plan, pieces=pieces)
-            report = evaluation.evaluate(
-                evaluation.recommender_top_k(bundle.recommender), cases, ks=(int(self.metric.split("@")[1]),)
-            )
+            top_k, k = evaluation.recommender_top_k(bundle.recommender), int(self.metric.split("@")[1])
+
+            def ask(rows: NDArray[np.int64]) -> NDArray[np.float64]:
+                return evaluation.evaluate(top_k, cases.take(rows), ks=(k,)).values[self.metric]
+
+            values = raced(ask, len(cases), rival)
+            let_go = rival is not None and len(values) < len(cases)
             requests = folder / "requests.json"
             requests.write_text(json.dumps(_requests(data, cases)))
-            stack.close()  # the shared slot: measuring takes it alone
-            arguments = {"bundle": str(folder / "bundle"), "requests": str(requests), "k": K}
-            found = measure("recray.tuning.probe:bundle_requests", arguments, self.effort)
-            values = report.values[self.metric]
+            shared.close()  # the shared slot: measuring takes it alone
+            found = self._timed(bundle, str(requests), short=let_go)
+            quality = float(values.mean())
+            if let_go and rival is not None and (beside := float(np.mean(rival[: len(values)]))) > 0:
+                quality *= float(np.mean(rival)) / beside  # what all users would have said, by the rival's
             return Outcome(
                 {
-                    self.metric: float(values.mean()),
+                    self.metric: quality,
                     "p50": found.p50,
                     "p99": found.p99,
+                    "mean": found.mean,
                     "bytes": float(bundle.model_bytes),
                 },
                 {
                     "plan": config.as_dict(plan),
                     "latency": asdict(found),
                     "bytes": dict(bundle.artefact.manifest.report["bytes"]),
-                    "values": [round(float(v), 6) for v in values],
+                    **(
+                        {"raced": len(values)} if let_go else {"values": [round(float(v), 6) for v in values]}
+                    ),
                 },
             )
+
+    def _timed(self, bundle: Bundle, requests: str, *, short: bool) -> Measurement:
+        if self.part:
+            with slot():
+                return Measurement(**measured_here(bundle, requests, K, self.effort))
+        arguments = {"bundle": bundle.artefact.place.uri, "requests": requests, "k": K}
+        effort = replace(self.effort, seconds=self.effort.seconds / 4) if short else self.effort
+        return measure("recray.tuning.probe:bundle_requests", arguments, effort)
 
     def _pieces(self) -> Path | None:
         if self.pieces is None or not os.path.isdir(self.pieces):
             return None
-        return Path(self.pieces) / str(os.getpid())
+        return Path(self.pieces)
 
 
-@lru_cache(maxsize=1)
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """So many threads of torch, and of graphs that are opened in the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@lru_cache(maxsize=2)  # of trials and of parts
 def _asked(dataset: str, users: int, seed: int) -> tuple[Dataset, Cases]:
     """The dataset and at most `users` of its validation cases, the same ones for the same seed."""
     data = open_dataset(dataset)
     cases = data.cases("valid")
-    some = np.sort(np.random.default_rng(seed).permutation(len(cases))[:users])
-    return data, cases.take(some)
+    some = np.random.default_rng(seed).permutation(len(cases))[:users]
+    return data, cases.take(some)  # the first of them are as random as all
 
 
 @lru_cache(maxsize=1)

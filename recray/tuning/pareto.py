@@ -5,6 +5,7 @@ A point has a quality (more is better), a p99 in seconds and a size in bytes (le
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,11 +17,12 @@ from recray.errors import ConfigError
 
 @dataclass(frozen=True)
 class Value:
-    """What one trial is worth: quality (a ranking metric), p99 in seconds, bytes."""
+    """What one trial is worth: quality (a ranking metric), p99 in seconds, bytes, money per 1,000 answers."""
 
     quality: float
     p99: float
     bytes: float
+    cost: float = 0.0
 
     @property
     def costs(self) -> tuple[float, float, float]:
@@ -30,20 +32,33 @@ class Value:
 
 @dataclass(frozen=True)
 class Budget:
-    """Upper limits: p99 in seconds, size in bytes. Zero, negative and NaN raise ConfigError."""
+    """Upper limits: p99 in seconds, size in bytes, cost of 1,000 recommendations (none by default).
+
+    Zero, negative and NaN raise ConfigError.
+    """
 
     p99: float
     size: float
+    cost: float = math.inf
 
     def __post_init__(self) -> None:
-        for name, value in (("p99", self.p99), ("size", self.size)):
+        for name, value in vars(self).items():
             if not value > 0:
                 raise ConfigError(f"a budget of {value:g} for {name} fits nothing", fix="give more than zero")
 
     def over(self, value: Value) -> dict[str, float]:
         """The terms that a value exceeds, and by which share of the limit: {'p99': 0.42}."""
-        shares = {"p99": value.p99 / self.p99 - 1, "size": value.bytes / self.size - 1}
-        return {name: share for name, share in shares.items() if share > 0}
+        return {name: share - 1 for name, share in self.uses(value).items() if share > 1}
+
+    def uses(self, value: Value) -> dict[str, float]:
+        """Which share of each limit a value takes up: {'p99': 0.93, 'size': 0.4}."""
+        shares = {"p99": value.p99 / self.p99, "size": value.bytes / self.size}
+        return shares if math.isinf(self.cost) else {**shares, "cost": value.cost / self.cost}
+
+    def words(self) -> str:
+        """'p99 10 ms and size 64 MB'"""
+        told = f"p99 {milliseconds(self.p99)} and size {megabytes(self.size)}"
+        return told if math.isinf(self.cost) else f"{told} and cost {money(self.cost)} per 1,000"
 
     def fits(self, value: Value) -> bool:
         return not self.over(value)
@@ -120,7 +135,17 @@ def shortage(value: Value, budget: Budget) -> str:
             f"size is {megabytes(value.bytes)} where {megabytes(budget.size)} are allowed "
             f"({over['size']:.0%} over)"
         )
+    if "cost" in over:
+        said.append(
+            f"cost is {money(value.cost)} per 1,000 where {money(budget.cost)} are allowed "
+            f"({over['cost']:.0%} over)"
+        )
     return " and ".join(said)
+
+
+def money(amount: float) -> str:
+    """0.00012345 -> '0.000123'"""
+    return f"{amount:.3g}"
 
 
 def milliseconds(seconds: float) -> str:

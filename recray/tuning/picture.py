@@ -152,11 +152,11 @@ def _numbers(name: str, value: Callable[[Row], float], low: float, high: float, 
     def share(number: float) -> float:
         return min(max((to(number) - bottom) / span, 0.0), 1.0) if span else 0.5
 
-    ticks = _round(low, high, log) if span else [low]
+    ticks = round_ticks(low, high, log) if span else [low]
     return Axis(name, lambda row: share(value(row)), [(share(tick), f"{tick:g}") for tick in ticks])
 
 
-def _round(low: float, high: float, log: bool) -> list[float]:
+def round_ticks(low: float, high: float, log: bool) -> list[float]:
     """A few round numbers between two, in any order; the two themselves where there would be fewer."""
     low, high = min(low, high), max(low, high)
     if log:

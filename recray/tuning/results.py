@@ -5,6 +5,8 @@ trials/       one file a trial, named by its hash
 chosen.json   which one, why, and what bounded it
 best/         (hyper-parameter searches) the best trial's checkpoint
 trials.html   (hyper-parameter searches) a picture of all trials
+parts/        (compression) what was measured of single choices, one file each, see `forecast.py`
+front.html    (compression) quality against p99 and bytes of all trials, to be explored; front.svg a picture
 """
 
 from __future__ import annotations
@@ -22,20 +24,22 @@ from recray.storage import Place, check_writable, place
 from recray.tuning.trial import Trial, TrialCache, file_bytes
 
 
-def open_cache(out: str | os.PathLike[str] | Place, context: Mapping[str, Any]) -> TrialCache:
+def open_cache(
+    out: str | os.PathLike[str] | Place, context: Mapping[str, Any], folder: str = "trials"
+) -> TrialCache:
     """The trials that wait beside `out`; those of a search that is finished there are taken over.
 
     Raises InputError, before any work, when `out` cannot be written.
     """
     target = place(out)
     check_writable(target)
-    cache = TrialCache(waiting(target) / "trials", context)
+    cache = TrialCache(waiting(target) / folder, context)
     try:
         done = open_artefact(target, "search", verify=False)
     except ArtefactError:
         return cache
     known = {trial.hash for trial in cache.load()}
-    for trial in TrialCache(done.place / "trials", context).load():
+    for trial in TrialCache(done.place / folder, context).load():
         if trial.hash not in known:
             cache.keep(trial)
     return cache
@@ -59,8 +63,9 @@ def write_search(
     best: Callable[[Path], object] | None = None,
     pages: Mapping[str, str] | None = None,
     report: Mapping[str, Any] | None = None,
+    parts: TrialCache | None = None,
 ) -> Artefact:
-    """Leave the search at `out` and clear what waited beside it.
+    """Leave the search at `out` and clear what waited beside it; `parts` are kept in a folder of their own.
 
     `best` fills the folder `best/`; `pages` are further files, name -> text; `report` is told, too.
     """
@@ -69,6 +74,10 @@ def write_search(
         (folder / "trials").mkdir()
         for trial in trials:
             (folder / "trials" / f"{trial.hash}.json").write_bytes(file_bytes(trial, cache.context))
+        if parts is not None:
+            (folder / "parts").mkdir()
+            for part in parts.load():
+                (folder / "parts" / f"{part.hash}.json").write_bytes(file_bytes(part, parts.context))
         (folder / "front.json").write_text(json.dumps(front, indent=1))
         (folder / "chosen.json").write_text(json.dumps(chosen, indent=1))
         for name, text in (pages or {}).items():

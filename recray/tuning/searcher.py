@@ -10,7 +10,7 @@ Watanabe & Hutter 2023: a point over a limit ranks behind every point that fits,
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -32,6 +32,8 @@ class ConstrainedSearcher:
     first: points to try before anything is suggested, in order; they may lie outside the space.
     canonical: maps a point to what decides its outcome, so that two names of one thing are tried once.
     bound: point -> for some limited metrics a value it will surely not go below, known without trying.
+    propose: points that something else than the sampler expects much of, best first; every second turn is
+        theirs. derive: a trial's metrics -> those with what follows from them, which limits may name.
     startup: so many points are drawn at random before the sampler models anything.
     """
 
@@ -46,6 +48,8 @@ class ConstrainedSearcher:
         canonical: Callable[[Point], Mapping[str, Any]] | None = None,
         tidy: Callable[[Point], Point] | None = None,
         bound: Callable[[Point], Mapping[str, float]] | None = None,
+        propose: Callable[[], Iterable[Point]] | None = None,
+        derive: Callable[[Mapping[str, float]], Mapping[str, float]] | None = None,
         sampler: Literal["gp", "tpe"] = "gp",
         startup: int = 6,
     ) -> None:
@@ -54,6 +58,8 @@ class ConstrainedSearcher:
         self.canonical = canonical or dict
         self._tidy = tidy or dict  # the same point, with what does not count in it written as usual
         self._bound = bound
+        self._propose, self._proposed = propose or (lambda: ()), False
+        self._derive = derive or dict
         self._first = list(first)
         self._seen: set[str] = set()
         self._asked: dict[str, Any] = {}  # key -> the sampler's own trial
@@ -70,6 +76,10 @@ class ConstrainedSearcher:
             if self.key(point) not in self._seen:
                 self._seen.add(self.key(point))
                 return point
+        self._proposed = not self._proposed
+        if self._proposed and (found := next(filter(self._open, self._propose()), None)) is not None:
+            self._seen.add(self.key(found))
+            return self._tidy(found)
         import optuna
 
         if self._sampler == "gp" and self._told >= GP_TRIALS:
@@ -103,6 +113,7 @@ class ConstrainedSearcher:
                 self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
             return
         self._told += 1
+        metrics = self._derive(metrics)
         values = [float(metrics[name]) for name in self.goals]
         over = {name: float(metrics[name]) / limit - 1 for name, limit in self.limits.items()}
         if asked is not None:

@@ -40,9 +40,16 @@ class Sweep:
         usual: Point | None = None,
         rungs: Rungs | None = None,
         started: TrialCache | None = None,
+        heard: Callable[[Trial], None] | None = None,
+        noun: str = "trial",
+        until: float = math.inf,
+        beside: Callable[[Point], tuple[Any, ...]] | None = None,
     ) -> None:
         """describe: words of a trial that ended well. usual: a point whose values need no words.
 
+        heard: is told of every trial once, also of those that were finished before. noun: what one is called.
+        until: by `time.monotonic`, when no other trial is begun any more. beside: what else than its point a
+        trial is given, as JSON; not with rungs.
         rungs: decide which trials go on. started: of the cache's context; keeps what has begun and not
         ended, so that a killed search goes on with it. Only for objectives that can be gone on with.
         """
@@ -58,6 +65,8 @@ class Sweep:
         self._used_up = False  # the space has no other point
         self._last = 0  # the highest number given; failures of a run before leave gaps
         self._describe, self._usual = describe or _metrics, usual
+        self._heard, self._noun, self._until_s = heard, noun, until
+        self._beside = beside or (lambda point: ())
         self._resume()
 
     @property
@@ -65,6 +74,8 @@ class Sweep:
         """How many trials are still to be begun, or to be gone on with where they were cut off."""
         under_way = len(self._running) + len(self._waiting)
         if len(self.trials) >= HOPELESS and not under_way and all(trial.error for trial in self.trials):
+            return 0
+        if time.monotonic() > self._until_s:
             return 0
         return max(self.wanted - len(self.trials) - under_way, 0)
 
@@ -139,7 +150,7 @@ class Sweep:
         self._running[trial.hash] = trial, time.monotonic()
         self._remember(_standing(trial, "goes"))
         point = dict(trial.point)
-        return trial.hash, (point,) if self.rungs is None else (point, until)
+        return trial.hash, (point, *self._beside(point)) if self.rungs is None else (point, until)
 
     def _until(self, trial: Trial) -> int | None:
         """The next rung of a trial that begins, or that was cut off."""
@@ -162,6 +173,8 @@ class Sweep:
         if trial.hash in self._told:
             return
         self._told.add(trial.hash)
+        if self._heard is not None:
+            self._heard(trial)
         learned: Mapping[str, float] | None = None if trial.error else trial.metrics
         if learned and self.rungs is not None and trial.detail.get("values"):
             learned = {name: self.rungs.best(trial.detail["values"]) for name in self.searcher.goals}
@@ -203,14 +216,14 @@ class Sweep:
                 self._again.append(trial)
         self._last = max((trial.number for trial in (*self.trials, *begun)), default=0)
         if self.trials:
-            say(f"{len(self.trials)} trials were finished before and are kept")
+            say(f"{len(self.trials)} {self._noun}s were finished before and are kept")
         if held := len(self._waiting) + len(self._again):
             say(f"{held} trials were begun before and go on where they were")
 
     def _say(self, trial: Trial, said: str) -> None:
         width = len(str(self.wanted))
         what = words(trial.point, self._usual)
-        say(f"trial {trial.number:>{width}}/{self.wanted}  {what}  {said}  {trial.seconds:.1f} s")
+        say(f"{self._noun} {trial.number:>{width}}/{self.wanted}  {what}  {said}  {trial.seconds:.1f} s")
 
 
 def run(sweep: Sweep, objective: Objective, *, workers: int = 0, address: str | None = None) -> list[Trial]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import time
 from pathlib import Path
@@ -13,14 +14,16 @@ import pytest
 from recray import config
 from recray.bundles.plan import Plan
 from recray.data.dataset import Dataset
-from recray.errors import BudgetError, ConfigError
+from recray.data.prepare import prepare
+from recray.errors import BudgetError, ConfigError, InputError
 from recray.manifest import Artefact, open_artefact
 from recray.models.base import Ranker, Retriever
 from recray.models.saved import load_model
 from recray.tuning import packing
-from recray.tuning.chosen import plan_of_trial
-from recray.tuning.compress import search_compress
+from recray.tuning.chosen import plan_of_trial, told_trial
+from recray.tuning.compress import Limits, search_compress
 from recray.tuning.latency import Effort
+from recray.tuning.money import Price, bill
 from recray.tuning.space import Point
 from recray.tuning.trial import Outcome, words
 from tests.serving_bundles import checkpoint, small_dataset
@@ -68,8 +71,11 @@ class Pretend:
 
 def search(parts: Parts, out: Path, objective: Any = None, **more: Any) -> Artefact:
     data, retriever, _ = parts
-    given = {"p99_s": 5e-3, "size_bytes": 3e6, "trials": 12, "workers": 0, **more}
-    return search_compress(retriever, None, data, out=out, objective=objective, **given)
+    given = {"trials": 12, "workers": 0, **more}
+    asked = {"p99": given.pop("p99_s", 5e-3), "size": given.pop("size_bytes", 3e6)}
+    asked |= {name: given.pop(name) for name in ("cost", "rps", "price") if name in given}
+    limits = Limits(**asked)
+    return search_compress(retriever, None, data, limits=limits, out=out, objective=objective, **given)
 
 
 def left(search: Artefact) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -218,6 +224,87 @@ def test_the_share_of_http_is_counted_in(parts: Parts, tmp_path: Path) -> None:
         search(parts, tmp_path / "other", Pretend(), http_overhead_s=5e-3)
 
 
+def test_money_is_a_limit_like_the_others(parts: Parts, tmp_path: Path) -> None:
+    price = Price(hour=1.0, cores=1, memory_gb=7.5)
+    given = {"p99_s": 1.0, "size_bytes": 1e9, "rps": 20.0, "price": price}
+    made = search(parts, tmp_path / "free", Pretend(), **given)
+    rows = {row["trial"]: row for row in left(made)[0]["trials"] if not row["error"]}
+    plain = rows[left(made)[0]["reference"]]["cost"]
+    assert plain["total"] == pytest.approx(bill(4e-3, 8e6, price, 20).total)
+    assert plain["delta"]["total"] == 0
+    small = next(
+        row for row in rows.values() if row["metrics"]["bytes"] == 2e6 and row["metrics"]["p50"] < 2e-3
+    )
+    assert small["cost"]["delta"]["total"] == pytest.approx(small["cost"]["total"] - plain["total"])
+    assert small["cost"]["operations"] > 0
+    tight = (small["cost"]["total"] + plain["total"]) / 2
+    front, chosen = left(search(parts, tmp_path / "bound", Pretend(), cost=tight, **given))
+    assert front["budget"]["cost"] == tight
+    assert chosen["metrics"]["p99"] == 2e-3
+    assert chosen["uses"]["cost"] < 1
+    assert front["trials"][0]["over"].keys() == {"cost"}
+    with pytest.raises(BudgetError, match=r"cost is .* per 1,000 where .* are allowed"):
+        search(parts, tmp_path / "none", Pretend(), cost=1e-9, **given)
+
+
+def test_tables_that_cannot_be_small_enough_are_told_of_before_any_work(parts: Parts, tmp_path: Path) -> None:
+    objective = Pretend()
+    with pytest.raises(
+        BudgetError, match=r"smallest tables \(retriever_codec=.*\) alone take .* size is .* over"
+    ):
+        search(parts, tmp_path / "search", objective, size_bytes=100.0)
+    assert objective.asked == []
+    assert not (tmp_path / "search").exists()
+
+
+def test_checkpoints_that_do_not_match_are_refused_at_once(parts: Parts, tmp_path: Path) -> None:
+    data, retriever, _ = parts
+    other = prepare_other(tmp_path)
+    stranger = checkpoint(tmp_path / "stranger", other, "neumf", dim=8)
+    objective = Pretend()
+    with pytest.raises(ConfigError, match=r"knows \d+ items and the dataset has \d+"):
+        search_compress(
+            retriever, stranger, data, limits=Limits(p99=1, size=1e9), out=tmp_path / "s", objective=objective
+        )
+    assert objective.asked == []
+
+
+def prepare_other(folder: Path) -> Dataset:
+    lines = [f"u{n % 9},j{n % 13},{n}" for n in range(200)]
+    (folder / "log.csv").write_text("\n".join(["user,item,time", *lines]))
+    return prepare(folder / "log.csv", out=folder / "other")
+
+
+def test_a_full_disk_fails_trials_and_not_the_search(
+    parts: Parts, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Full(Pretend):
+        def __call__(self, point: Point) -> Outcome:
+            if len(self.asked) in (2, 3):
+                self.asked.append(point)
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().__call__(point)
+
+    front, chosen = left(search(parts, tmp_path / "search", Full()))
+    assert chosen["trial"]
+    assert sum("No space left on device" in (row["error"] or "") for row in front["trials"]) == 2
+    assert "failed: OSError: [Errno 28] No space left on device" in capsys.readouterr().err
+
+
+def test_the_page_and_the_picture_lie_beside_the_front(parts: Parts, tmp_path: Path) -> None:
+    made = search(parts, tmp_path / "search", Pretend())
+    assert {"front.html", "front.svg", "front.json"} <= set(made.manifest.files)
+    front, chosen = left(made)
+    assert front["why"] == chosen["why"]
+    assert front["predictor"]["n"] == 0, "a made-up objective has no stages to learn from"
+    told = told_trial(made, "1")
+    assert told["words"] == "as trained"
+    assert "values" not in told["detail"]
+    assert told["cost"]["delta"]["compute"] == 0
+    with pytest.raises(InputError, match="no trial"):
+        told_trial(made, "999")
+
+
 def test_what_cannot_be_searched_is_refused_before_any_work(
     parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -242,8 +329,7 @@ def test_two_real_trials_are_built_asked_and_timed(parts: Parts, tmp_path: Path)
         retriever,
         ranker,
         data,
-        p99_s=5.0,
-        size_bytes=64e6,
+        limits=Limits(p99=5.0, size=64e6),
         trials=2,
         workers=0,
         effort=QUICK,
@@ -260,5 +346,6 @@ def test_two_real_trials_are_built_asked_and_timed(parts: Parts, tmp_path: Path)
         assert timed["repeats"] >= 100
         assert timed["seconds"] < time.monotonic() - start
     trial = json.loads((made.place / "trials" / f"{chosen['trial']}.json").read_bytes())
+    assert {"encode", "search", "rank", "rest"} == set(trial["detail"]["latency"]["stages"])
     assert len(trial["detail"]["values"]) == len(data.cases("valid"))
     assert np.mean(trial["detail"]["values"]) == pytest.approx(chosen["metrics"]["ndcg@10"], abs=1e-6)

@@ -14,7 +14,7 @@ import pytest
 
 from recray.errors import ConfigError, RecrayError
 from recray.tuning.latency import Effort, interval_of_p99, measure, quiet_core, slot
-from recray.tuning.probe import timed
+from recray.tuning.probe import Line, timed
 
 HERE = "tests.unit.test_tuning_latency"
 HOLD = """
@@ -83,6 +83,35 @@ def test_a_steady_thing_ends_early_and_a_jittery_one_goes_on_to_the_cap() -> Non
     assert wide["low"] <= wide["p99"] <= wide["high"]
     steady = timed(lambda i: None, 5, Effort(width=1e6, least=300, seconds=5, warmup=5))
     assert (steady["repeats"], steady["narrow"]) == (300, True)
+
+
+def test_under_a_load_requests_wait_for_those_before_them() -> None:
+    """One server, random arrivals, constant service: the mean wait of M/D/1 is rho s / (2 (1 - rho))."""
+    s, rho = 1e-3, 0.7
+    times = np.full(200_000, s)
+    waits = Line(Effort(rate=rho / s)).queued(times) - s
+    assert waits.mean() == pytest.approx(rho * s / (2 * (1 - rho)), rel=0.05)
+    assert (waits >= 0).all()
+    busier = Line(Effort(rate=rho / s, beside=s / 3)).queued(times) - s
+    assert busier.mean() > 3 * waits.mean(), "HTTP's share of the core lets others wait, too"
+    assert (Line(Effort()).queued(times) == times).all()
+
+
+def test_stages_are_told_with_the_rest_of_the_request() -> None:
+    spent: dict[str, list[float]] = {"encode": [], "rank": []}
+
+    def ask(i: int) -> None:
+        start = time.perf_counter()
+        while time.perf_counter() < start + 0.0005:
+            pass
+        spent["encode"].append(0.0002)
+        spent["rank"].append(0.0001)
+
+    found = timed(ask, 3, Effort(least=100, most=200, seconds=5, warmup=3), spent=spent)
+    assert len(spent["encode"]) == found["repeats"], "the warm-up is not counted"
+    assert found["stages"]["encode"] == {"p50": 0.0002, "p99": 0.0002}
+    assert found["stages"]["rest"]["p50"] == pytest.approx(found["p50"] - 0.0003, rel=0.2)
+    assert found["mean"] >= 0.0005
 
 
 def test_the_child_measures_what_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,6 +143,46 @@ def test_a_space_where_nothing_can_fit_is_exhausted_at_once() -> None:
     assert one.rejected == 50
 
 
+def test_every_second_turn_is_theirs_who_propose() -> None:
+    wished: list[Point] = [
+        {"codec": "f32", "graph": "eager", "candidates": 21, "blend": 0.5},  # cannot fit
+        {"codec": "int8", "graph": "onnx", "candidates": 33, "blend": 0.5},
+        {"codec": "int4", "graph": "onnx", "candidates": 44, "blend": 0.5},
+    ]
+    one = searcher(
+        "tpe",
+        0,
+        propose=lambda: wished,
+        bound=lambda point: {"bytes": 8.0 if point["codec"] == "f32" else 0.0},
+    )
+    asked = []
+    for _ in range(6):
+        asked.append(one.ask())
+        assert asked[-1] is not None
+        one.tell(asked[-1], planted(asked[-1]))
+    assert [asked[0], asked[2]] == wished[1:]
+    assert len({str(point) for point in asked}) == 6
+    assert one.rejected >= 1
+
+
+def test_a_limit_may_name_what_follows_from_the_metrics() -> None:
+    one = ConstrainedSearcher(
+        Space.parse(["x=1..40"]),
+        {"q": "max"},
+        limits={"cost": 20.0},
+        derive=lambda metrics: {**metrics, "cost": 2 * metrics["q"]},
+        sampler="tpe",
+        startup=4,
+    )
+    asked = []
+    for _ in range(34):
+        point = one.ask()
+        assert point is not None
+        asked.append(float(str(point["x"])))
+        one.tell(point, {"q": asked[-1]})
+    assert max(x for x in asked if 2 * x <= 20) >= 9
+
+
 def test_points_asked_together_differ() -> None:
     one = searcher("tpe", 0)
     points = [one.ask() for _ in range(6)]
