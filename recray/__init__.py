@@ -13,6 +13,7 @@ The path of data, which is also the listing of this package (a test walks it):
     checkpoint     training/checkpoint.py  row ranges + position; read by any number of ranks
     compression    compression/            encode tables, quantize and export graphs
     index          retrieval/              item vectors -> k candidates
+    feedback       feedback/               events and impressions, kept, logged and joined
     bundle         bundles/                ids + weights + tables + index + ranker + manifest
     response       recommender.py          history -> retrieve -> filter -> rank -> answer, no Ray
     search         tuning/                 trials under a latency and a size budget     -> ray.tune
@@ -37,7 +38,10 @@ __all__ = [
     "plan",
     "prepare",
     "recommend",
+    "refit",
+    "rollback",
     "serve",
+    "ship",
     "show",
     "train",
     "tune",
@@ -52,7 +56,10 @@ if TYPE_CHECKING:
         plan,
         prepare,
         recommend,
+        refit,
+        rollback,
         serve,
+        ship,
         show,
         train,
         tune,

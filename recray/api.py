@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from recray import composing, manifest, recipes
 from recray.composing import open_any, open_data, target
 from recray.composing import plan as plan  # the one verb that leaves nothing to name
-from recray.config import as_dict, parse_bytes, parse_duration
+from recray.config import as_dict
 from recray.errors import InputError
 from recray.manifest import Artefact
+from recray.refitting import refit as refit
+from recray.serving.client import rollback as rollback
+from recray.serving.client import ship as ship
 
 if TYPE_CHECKING:
     from recray.bundles.bundle import Answer, Bundle
@@ -68,21 +72,9 @@ def prepare(
     if not logs:
         raise InputError("no log is given", fix="give at least one file")
     return run(
-        logs,
-        items=items,
-        users=users,
-        links=links,
-        columns=columns,
-        context=context,
-        event_weights=event_weights,
-        valid=valid,
-        test=test,
-        split=split,
-        dedupe=dedupe,
-        min_weight=min_weight,
-        workers=workers,
-        out=target(out, "dataset", logs[0]),
-    )
+        logs, items=items, users=users, links=links, columns=columns, context=context,
+        event_weights=event_weights, valid=valid, test=test, split=split, dedupe=dedupe,
+        min_weight=min_weight, workers=workers, out=target(out, "dataset", logs[0]))  # fmt: skip
 
 
 def train(
@@ -202,6 +194,10 @@ def compress(
     data: Source | Dataset | None = None,
     p99: str,
     size: str,
+    rps: float = 0,
+    cost_per_1k: float | None = None,
+    price: Mapping[str, float] | None = None,
+    http: str | None = None,
     trials: int = 20,
     seed: int = 0,
     workers: int = 1,
@@ -212,10 +208,11 @@ def compress(
     Args:
         checkpoint: a retriever's; `ranker`, if any, is searched together with it.
         p99: "10ms", the 99th percentile of answering one user after the other on one core.
-        size: "64MB" for tables, graphs and index.
+        size: "64MB" for tables, graphs and index. rps: at which p99 must hold, over a replica a core.
+        http: its share of p99, "2ms"; "lite" and "fast" measure it once by serving with that profile.
+        cost_per_1k: of 1,000 recommendations at most, by `price`: hour, cores, memory_gb of a machine.
         trials: how many plans are built and measured; finished ones are never repeated.
-        workers: trials at once on Ray Tune; 0 runs them in this process.
-        out: default `runs/search-<checkpoint>`.
+        workers: trials at once on Ray Tune; 0 runs them here. out: default `runs/search-<checkpoint>`.
 
     Raises:
         BudgetError: nothing that was tried fits; the search is left all the same.
@@ -223,21 +220,10 @@ def compress(
 
     Example: `recray.compress("runs/sasrec", p99="10ms", size="64MB")`
     """
-    p99_s, size_bytes = parse_duration(p99, what="p99"), parse_bytes(size, what="size")
-    from recray.tuning.compress import search_compress
-
-    retriever = open_any(checkpoint, "checkpoint")
-    return search_compress(
-        retriever,
-        None if ranker is None else open_any(ranker, "checkpoint"),
-        open_data(data, retriever),
-        p99_s=p99_s,
-        size_bytes=size_bytes,
-        trials=trials,
-        seed=seed,
-        workers=workers,
-        out=target(out, "search", retriever),
-    )
+    limits = composing.limits(p99, size, rps=rps, cost_per_1k=cost_per_1k, price=price)
+    return composing.compressed(
+        checkpoint, ranker, data, limits=limits, http=http,
+        trials=trials, seed=seed, workers=workers, out=out)  # fmt: skip
 
 
 def bundle(
@@ -283,6 +269,7 @@ def recommend(
     why: bool = False,
     workers: int = 0,
     out: Where | None = None,
+    **asked: Any,
 ) -> Answer | Artefact:
     """The k best items for one user or history, or an artefact with those of many users.
 
@@ -293,26 +280,30 @@ def recommend(
         why: not of `users`: also say what speaks for each item.
         workers: of `users` only: 0 answers in this process, more in as many Ray tasks.
         out: of `users` only: default `runs/recommendations-<bundle>`.
+        asked: exclude, filter, context, pin, caps and diversity, see `Bundle.recommend`.
 
     Raises:
-        InputError: not exactly one of user, history and users, or k below 1.
+        InputError: not exactly one of user, history and users, k below 1, or what cannot be asked for.
 
     Example: `recray.recommend("runs/bundle", history=["50", "181"], k=5).items[0].item`
     """
     if sum(given is not None for given in (user, history, users)) != 1:
         raise InputError("nobody to answer", fix="give one of user, history and users")
     opened = composing.open_bundle(bundle)
+    from recray.bundles.rules import check_fields
+
+    check_fields(asked)
     if users is None:
-        return opened.recommend(user=user, history=history, k=k, why=why)
+        return opened.recommend(user=user, history=history, k=k, why=why, **asked)
     from recray.bundles.many import recommend_many
 
     place = target(out, "recommendations", opened)
     if not workers:
-        return recommend_many(opened, users, k=k, out=place)
+        return recommend_many(opened, users, k=k, out=place, asked=asked)
     from recray.data.on_ray import mapping
 
     with mapping(workers) as block_map:
-        return recommend_many(opened, users, k=k, out=place, block_map=block_map)
+        return recommend_many(opened, users, k=k, out=place, block_map=block_map, asked=asked)
 
 
 def serve(
@@ -325,6 +316,8 @@ def serve(
     token_file: Where | None = None,
     address: str | None = None,
     profile: Literal["lite", "fast"] = "lite",
+    state: str | None = None,
+    feedback: str | None = None,
 ) -> None:
     """Answer over HTTP from a Ray Serve application, until Ctrl-C or SIGTERM; then stop it.
 
@@ -334,6 +327,9 @@ def serve(
         token, token_file: what clients must send as a bearer token; also `$RECRAY_TOKEN`.
         address: of a Ray cluster; by default $RAY_ADDRESS, else one is started for as long.
         profile: "fast" has Serve's throughput flags and HAProxy (Linux); Serve must not run already.
+        state: where users' events are kept, a folder of one machine or `redis://HOST:PORT/0`; by default a
+            folder that goes when the server stops. feedback: where they and all answers are logged for
+            `refit`; by default that folder.
 
     Raises:
         InputError: the port is busy, or the host is open to others without a token.
@@ -347,7 +343,9 @@ def serve(
     where, given = open_any(bundle, "bundle").place.uri, None if config is None else os.fspath(config)
     from recray.serving.on_ray import run
 
-    run(where, config=given, host=host, port=port, token=found, address=address, profile=profile)
+    run(
+        where, config=given, host=host, port=port, token=found, address=address, profile=profile,
+        state=state, feedback=feedback)  # fmt: skip
 
 
 def demo(out: Where = "demo-out", *, quick: bool = False) -> dict[str, Any]:
@@ -360,22 +358,24 @@ def demo(out: Where = "demo-out", *, quick: bool = False) -> dict[str, Any]:
 
     Example: `recray.demo("demo-out", quick=True)["http"]["after"]["p99_ms"]`
     """
-    import sys
-
     from recray import demonstration
 
     return demonstration.run(sys.modules[__name__], out, quick=quick)
 
 
-def show(artefact: Source | Bundle | Dataset) -> dict[str, Any]:
+def show(artefact: Source | Bundle | Dataset, *, trial: str | None = None) -> dict[str, Any]:
     """What an artefact is: its manifest and its lineage, as JSON. Every file's hash is checked.
 
+    With `trial`, its number or the start of its hash, that trial of a search in full.
+
     Raises:
-        ArtefactError: missing or altered.
+        ArtefactError: missing or altered; InputError: no such trial.
 
     Example: `recray.show("runs/sasrec")["recipe"]["train"]["lr"]`
     """
     found = open_any(artefact)
+    if trial is not None:
+        return composing.shown_trial(found, trial)
     told = dataclasses.asdict(found.manifest)
     return {
         "path": str(found.place),

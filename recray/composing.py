@@ -6,13 +6,17 @@ Only `api.py` imports this; it lies above the wings, so that it may hand one wha
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
+import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from recray import config, manifest, recipes, storage
-from recray.errors import InputError
+from recray.errors import InputError, RecrayError
 from recray.manifest import Artefact
+from recray.progress import say
 
 if TYPE_CHECKING:
     from recray.bundles.bundle import Bundle
@@ -22,8 +26,10 @@ if TYPE_CHECKING:
     from recray.models.base import Model
     from recray.training.checkpoint import EpochReport
     from recray.training.plan import RunPlan
+    from recray.tuning.compress import Limits
     from recray.tuning.space import Space
 
+HTTP_USERS = 300  # that HTTP's share is measured by
 Where: TypeAlias = "str | os.PathLike[str]"
 Source: TypeAlias = "Where | Artefact"
 
@@ -164,6 +170,97 @@ class Fit:
         data = open_data(self.dataset)
         made = train(data, config.override(self.recipe, words), out=where, after=after)
         return measure(made, data, "valid", beyond=False).means
+
+
+def limits(
+    p99: str, size: str, *, rps: float, cost_per_1k: float | None, price: Mapping[str, float] | None
+) -> Limits:
+    """What `compress` is asked for, in words, as numbers. Raises ConfigError for what cannot be read."""
+    from recray.tuning.compress import Limits
+    from recray.tuning.money import Price
+
+    asked = Limits(
+        p99=config.parse_duration(p99, what="p99"),
+        size=config.parse_bytes(size, what="size"),
+        cost=math.inf if cost_per_1k is None else cost_per_1k,
+        rps=rps,
+        price=config.build(Price, dict(price or {}), where="price"),
+    )
+    _ = asked.budget  # refuses what nothing fits
+    return asked
+
+
+def compressed(
+    checkpoint: Source,
+    ranker: Source | None,
+    data: Source | Dataset | None,
+    *,
+    limits: Limits,
+    http: str | None,
+    out: Where | None,
+    **more: Any,
+) -> Artefact:
+    """What `compress` does once its limits are read."""
+    from recray.tuning.compress import search_compress
+
+    if http is not None and http not in ("lite", "fast"):
+        http_s = config.parse_duration(http, what="http")
+    retriever = open_any(checkpoint, "checkpoint")
+    behind = None if ranker is None else open_any(ranker, "checkpoint")
+    dataset, where = open_data(data, retriever), target(out, "search", retriever)
+    if http is None or http in ("lite", "fast"):
+        http_s = 0.0 if http is None else _http_share(retriever, behind, dataset, http, where)
+    return search_compress(
+        retriever, behind, dataset, limits=limits, http_overhead_s=http_s, out=where, **more
+    )
+
+
+def _http_share(
+    retriever: Artefact, ranker: Artefact | None, data: Dataset, profile: str, out: storage.Place
+) -> float:
+    """What HTTP adds to an answer, its 99th percentile in seconds; kept beside `out` until the search ends.
+
+    The uncompressed models are asked for the same users, one client after the other, in this process and over
+    Ray Serve. Raises RecrayError when a request fails.
+    """
+    import numpy as np
+
+    from recray.bundles.build import build
+    from recray.demonstration import ask
+    from recray.serving.on_ray import serving
+    from recray.tuning.results import open_cache
+    from recray.tuning.trial import Trial
+
+    cache = open_cache(out, {"http": profile, "of": retriever.hash, "versions": manifest.versions()}, "http")
+    name = cache.hash({"profile": profile})
+    for kept in cache.load():
+        return kept.metrics["seconds"]
+    with tempfile.TemporaryDirectory(prefix="recray-http-") as scratch:
+        bundle = build(os.path.join(scratch, "bundle"), retriever, ranker, data)
+        users = data.users.ids_of(np.arange(min(HTTP_USERS, data.n_users)))
+        alone = []
+        for user in [*users[:20], *users]:
+            start = time.perf_counter()
+            bundle.recommend(user=user)
+            alone.append(time.perf_counter() - start)
+        with serving(bundle.artefact.place.uri, port=0, name="http-share", profile=profile) as url:  # type: ignore[arg-type]
+            ask(url, users[:20], clients=1)  # warm-up
+            asked, failed = ask(url, users, clients=1)
+    if failed:
+        raise RecrayError(f"HTTP's share cannot be measured ({failed[0]})", fix="give it, as in --http 2ms")
+    share = max(0.0, float(np.percentile(np.subtract(asked, alone[-len(users) :]), 99)))
+    cache.keep(Trial(hash=name, number=1, point={"profile": profile}, metrics={"seconds": share}))
+    say(f"HTTP, profile {profile}, takes {share * 1e3:.2f} ms of p99")
+    return share
+
+
+def shown_trial(found: Artefact, trial: str) -> dict[str, Any]:
+    """One trial of a search in full, its values of each user left out. Raises InputError."""
+    from recray.tuning.chosen import told_trial
+
+    if found.manifest.kind != "search":
+        raise InputError(f"is a {found.manifest.kind} and has no trials", where=found.place)
+    return told_trial(found, trial)
 
 
 def check_search(fit: Fit, space: Space) -> None:

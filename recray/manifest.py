@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import datetime as dt
 import hashlib
+import hmac
 import json
 import os
 import shutil
@@ -23,6 +24,8 @@ from recray.errors import ArtefactError, InputError
 from recray.storage import MANIFEST, Place, place, staged
 
 FORMAT = 1
+SIGNATURE = "manifest.sig"  # beside the manifest, where a key was set when it was written
+KEY_ENV, KEY_BYTES = "RECRAY_SIGNING_KEY", 16
 KINDS = ("dataset", "checkpoint", "search", "bundle", "recommendations", "answers")
 
 
@@ -115,6 +118,8 @@ def write_artefact(
             )
         )
         (folder / MANIFEST).write_text(json.dumps(dataclasses.asdict(manifest), indent=1, sort_keys=True))
+        if (key := signing_key()) is not None:
+            (folder / SIGNATURE).write_text(_signature(manifest, key))
     return Artefact(target, manifest)
 
 
@@ -172,6 +177,35 @@ def check_file(artefact: Artefact, name: str) -> None:
         raise ArtefactError(
             "was altered: its bytes do not match the manifest", where=at, fix="make the artefact again"
         )
+
+
+def signing_key(file: str | None = None) -> bytes | None:
+    """The key from a file, else from $RECRAY_SIGNING_KEY, else None. Raises InputError for a short one."""
+    try:
+        text = os.environ.get(KEY_ENV) if file is None else Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise InputError("the signing key cannot be read", where=file) from None
+    if text is None:
+        return None
+    if len(key := text.strip().encode()) < KEY_BYTES:
+        where = f"${KEY_ENV}" if file is None else file
+        raise InputError("is too short for a signing key", where=where, fix=f"use {KEY_BYTES} bytes or more")
+    return key
+
+
+def check_signature(artefact: Artefact, key: bytes) -> None:
+    """Raises ArtefactError unless the manifest was signed with this key (HMAC-SHA256 over its checksum)."""
+    try:
+        given = (artefact.place / SIGNATURE).read_bytes()
+    except OSError:
+        fix = f"make it again where ${KEY_ENV} is set"
+        raise ArtefactError("is not signed", where=artefact.place, fix=fix) from None
+    if not hmac.compare_digest(given.strip(), _signature(artefact.manifest, key).encode()):
+        raise ArtefactError("was signed with another key, or altered", where=artefact.place)
+
+
+def _signature(manifest: Manifest, key: bytes) -> str:
+    return hmac.new(key, b"recray manifest " + manifest.checksum.encode(), hashlib.sha256).hexdigest()
 
 
 def open_parent(artefact: Artefact, role: str, override: object = None) -> str:

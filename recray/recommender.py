@@ -8,9 +8,8 @@ on who else is in the batch. Shapes: B users, N items, C candidates, k places, K
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from copy import copy
 from functools import cached_property
-from typing import Literal
 
 import numpy as np
 import torch
@@ -21,37 +20,19 @@ from recray.compression.graph import OnnxNetwork
 from recray.data.sequences import Histories
 from recray.errors import ConfigError
 from recray.models.base import Context, Model, Ranker, Retriever
-from recray.models.why import Reasons, why
+from recray.models.why import Reasons, spread, together, why
+from recray.retrieval.arrange import Groups, Rules, arranged, fill
+from recray.retrieval.delta import Delta
 from recray.retrieval.index import Found, Index, build_index, ordered
+from recray.retrieval.lists import Candidates as Candidates
+from recray.retrieval.lists import Ranked as Ranked
+from recray.retrieval.lists import Source as Source
+from recray.retrieval.lists import merged, standard, top_rows, without
 
-Source = Literal["retriever", "ranker", "popular"]
 CELLS = 1 << 24  # scores of a model without vectors that are held at a time: 64 MB
 
 
-@dataclass(frozen=True, eq=False)
-class Candidates:
-    """What retrieval proposes: rows int64[B, C] and scores float32[B, C], best first.
-
-    Where fewer than C are left: row -1, score -inf.
-    """
-
-    rows: NDArray[np.int64]
-    scores: NDArray[np.float32]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-@dataclass(frozen=True, eq=False)
-class Ranked:
-    """The answer: rows int64[B, k] and scores float32[B, k], best first, and each user's source.
-
-    Where fewer than k are left: row -1, score -inf.
-    """
-
-    rows: NDArray[np.int64]
-    scores: NDArray[np.float32]
-    sources: Sequence[Source]
+_NOTHING = Candidates(np.full((1, 1), -1), np.full((1, 1), -np.inf, np.float32))
 
 
 class Recommender:
@@ -60,7 +41,12 @@ class Recommender:
     popularity: float32[N], what a user without a history is shown, most popular first.
     candidates: how many the ranker is given. blend: the retriever's share in the final score, see
     `rank`. Models are put in eval mode; nothing here changes after it is made.
+
+    After `with_delta` rows are those of the models and behind them the new items', masks are as long, and
+    histories hold only what the models know.
     """
+
+    delta: Delta | None = None
 
     def __init__(
         self,
@@ -89,6 +75,19 @@ class Recommender:
         self.popularity = np.asarray(popularity, np.float32)
         self._popular_rows = np.lexsort((np.arange(self.n_items), -self.popularity)).astype(np.int64)
 
+    def with_delta(self, delta: Delta) -> Recommender:
+        """The same with new and withdrawn items. Raises ConfigError where they do not fit."""
+        if delta.n != self.retriever.n_items or (len(delta) > delta.n and self.index is None):
+            words = "has no item vectors" if self.index is None else f"knows {self.retriever.n_items} items"
+            raise ConfigError(f"the retriever {words}: it takes no such new items", fix="train it again")
+        made = copy(self)
+        made.__dict__.pop("_cosine", None)
+        made.delta, made.n_items = delta, len(delta)
+        made.popularity = np.zeros(len(delta), np.float32)
+        made.popularity[: delta.n] = self.popularity[: delta.n]
+        made._popular_rows = np.lexsort((np.arange(len(delta)), -made.popularity)).astype(np.int64)
+        return made
+
     def depth(self, k: int) -> int:
         """How many candidates `recommend` asks retrieval for when k are wanted."""
         return max(k, self.candidates) if self.ranker is not None else k
@@ -108,6 +107,7 @@ class Recommender:
         history get the most popular.
         """
         b = len(histories)
+        allowed = allowed if self.delta is None else self.delta.left(allowed)
         scores = np.full((b, count), -np.inf, np.float32)
         rows = np.full((b, count), -1, np.int64)
         known_B = _known(histories)
@@ -125,8 +125,9 @@ class Recommender:
         """Final scores float32[B, C] of the candidates, -inf where there is none.
 
         With a ranker: (1 - blend) z(ranker) + blend z(retriever), where z takes each user's scores
-        over the candidates to mean 0 and deviation 1; blend 0 is the ranker's own scores. Without a
-        ranker, and for users without a known item in their history: the candidates' own scores.
+        over the candidates (extra ones do not count) to mean 0 and deviation 1; blend 0 is the ranker's own
+        scores. A new item, which the ranker does not know, has the mean of its scores. Without a ranker,
+        and for users without a known item in their history: the candidates' own.
         """
         known_B = _known(histories)
         if self.ranker is None or self.blend == 1.0 or not known_B.any() or not candidates.rows.shape[1]:
@@ -134,11 +135,17 @@ class Recommender:
         users = np.flatnonzero(known_B)
         rows = candidates.rows[users]
         asked = {name: values[users] for name, values in (context or {}).items()}
+        given, counted = rows >= 0, self._told(rows)
         scores_BC = self._score(histories.take(users), rows, asked)
+        if self.delta is not None:
+            mean = np.where(counted, scores_BC, 0).sum(axis=1) / np.maximum(counted.sum(axis=1), 1)
+            scores_BC = np.where(given & ~counted, mean[:, None], scores_BC).astype(np.float32)
         if self.blend > 0:
-            given = rows >= 0
+            if candidates.extra:
+                counted = counted & (np.arange(rows.shape[1]) < rows.shape[1] - candidates.extra)
             share = np.float32(self.blend)
-            mixed = (1 - share) * _z(scores_BC, given) + share * _z(candidates.scores[users], given)
+            mixed = (1 - share) * standard(scores_BC, given, counted)
+            mixed += share * standard(candidates.scores[users], given, counted)
             scores_BC = np.where(given, mixed, -np.inf).astype(np.float32)
         final = candidates.scores.copy()
         final[users] = scores_BC
@@ -159,10 +166,106 @@ class Recommender:
         exclude: Histories | None = None,
         allowed: NDArray[np.bool_] | None = None,
         context: Context | None = None,
+        rules: Rules | None = None,
+        groups: Groups | None = None,
     ) -> Ranked:
-        """`top(rank(retrieve(depth(k))), k)` for B users."""
-        candidates = self.retrieve(histories, self.depth(k), exclude, allowed)
-        return self.top(histories, candidates, self.rank(histories, candidates, context), k)
+        """`top(rank(retrieve(depth(k))), k)` for B users; under rules `arrange(rank(propose()))`.
+
+        groups: the values that items have in the columns which the rules' caps name.
+        """
+        if rules is None:
+            candidates = self.retrieve(histories, self.depth(k), exclude, allowed)
+            return self.top(histories, candidates, self.rank(histories, candidates, context), k)
+        candidates = self.propose(histories, rules, exclude, allowed, groups)
+        return self.arrange(histories, candidates, self.rank(histories, candidates, context), rules, groups)
+
+    def propose(
+        self,
+        histories: Histories,
+        rules: Rules,
+        exclude: Histories | None = None,
+        allowed: NDArray[np.bool_] | None = None,
+        groups: Groups | None = None,
+    ) -> Candidates:
+        """`retrieve` for lists under rules: `rules.pool(depth)` columns, then `rules.extra` for what is
+        pinned (neither barred nor forbidden) and for items without which the caps would not leave k."""
+        found = self.retrieve(histories, rules.pool(self.depth(rules.k)), exclude, allowed)
+        if not rules.extra:
+            return found
+        wide = found.rows.shape[1]
+        rows = np.pad(found.rows, ((0, 0), (0, rules.extra)), constant_values=-1)
+        scores = np.pad(found.scores, ((0, 0), (0, rules.extra)), constant_values=-np.inf)
+        for user in range(len(histories)):
+            one, barred = histories.take([user]), None if exclude is None else exclude.take([user])
+            more = self._brought(one, barred, allowed, found.rows[user], rules, groups)
+            rows[user, wide:], scores[user, wide:] = more.rows[0], more.scores[0]
+        return Candidates(rows, scores, rules.extra)
+
+    def _brought(
+        self,
+        history: Histories,
+        barred: Histories | None,
+        allowed: NDArray[np.bool_] | None,
+        pool_P: NDArray[np.int64],
+        rules: Rules,
+        groups: Groups | None,
+    ) -> Candidates:
+        """What rules add to one user's pool, `rules.extra` wide."""
+
+        def best(some_N: NDArray[np.bool_], count: int) -> Candidates:
+            return self.retrieve(history, count, barred, some_N if allowed is None else some_N & allowed)
+
+        def only(rows: Sequence[int]) -> NDArray[np.bool_]:
+            return np.isin(np.arange(self.n_items), np.asarray(rows, np.int64))
+
+        made = best(only([row for _, row in rules.pins]), rules.extra) if rules.pins else None
+        pinned = [] if made is None else made.rows[0][made.rows[0] >= 0].tolist()
+        if rules.caps and groups is not None:
+            more = fill(pool_P, pinned, rules, groups, lambda some_N, c: best(some_N, c).rows[0])
+            made = best(only([*pinned, *more]), rules.extra) if more else made
+        if made is None:
+            return _NOTHING
+        scores, rows = without((made.scores, made.rows), Histories.of([pool_P]), rules.extra)
+        return Candidates(rows, scores)
+
+    def arrange(
+        self,
+        histories: Histories,
+        candidates: Candidates,
+        scores: NDArray[np.float32],
+        rules: Rules,
+        groups: Groups | None = None,
+    ) -> Ranked:
+        """Give the k places to candidates by their final scores and the rules, see `retrieval.arrange`.
+
+        Behind a pin or for diversity's sake a score may be lower than the next.
+        """
+        ranked = self.top(histories, candidates, scores, candidates.rows.shape[1])
+        best = np.full((len(histories), rules.k), -np.inf, np.float32)
+        rows = np.full((len(histories), rules.k), -1, np.int64)
+        for user, (line, given) in enumerate(zip(ranked.scores, ranked.rows)):
+            vectors = self.vectors(given).numpy() if rules.diversity else None
+            places = arranged(line, given, rules, groups, vectors)
+            best[user, : len(places)], rows[user, : len(places)] = line[places], given[places]
+        return Ranked(rows, best, ranked.sources)
+
+    @torch.inference_mode()
+    def vectors(self, rows_P: NDArray[np.int64]) -> Tensor:
+        """What diversity compares of items, float32[P, D]: their vectors; of a model without vectors how
+        much each speaks for the others."""
+        rows_P = np.maximum(rows_P, 0)
+        if self.index is not None:
+            if self.delta is not None:
+                return self.delta.vectors(self.index, rows_P)
+            found: Tensor = self.index.table(torch.from_numpy(rows_P)).float()
+            return found
+        each = Histories.of(rows_P[:, None])
+        step = max(1, CELLS // max(self.n_items, 1))
+        parts = [
+            self.retriever.score(each.take(slice(start, start + step)))[:, torch.from_numpy(rows_P)]
+            for start in range(0, len(each), step)
+        ]
+        return torch.cat(parts).float()
 
     @torch.inference_mode()
     def why(
@@ -186,7 +289,8 @@ class Recommender:
             (1 - self.blend, ranked, self._score(history, found.rows, context or {})),
             (self.blend, why(self.retriever, history, row), found.scores),
         )
-        return _together([(share, part, *_spread(scores[found.rows >= 0])) for share, part, scores in parts])
+        told = self._told(found.rows)
+        return together([(share, part, *spread(scores[told])) for share, part, scores in parts])
 
     @torch.inference_mode()
     def similar(self, row: int, k: int, allowed: NDArray[np.bool_] | None = None) -> Ranked:
@@ -195,12 +299,14 @@ class Recommender:
         A retriever without vectors is asked what it recommends to a history of that one item.
         """
         itself = Histories.of([[row]])
+        allowed = allowed if self.delta is None else self.delta.left(allowed)
         if self.index is None:
             scores, rows = self._found(itself, k, itself, allowed)
         else:
-            query_1D = torch.nn.functional.normalize(self.index.table(torch.tensor([row])), dim=1)
-            found = self._cosine.search(query_1D, min(k + 1, self.n_items), allowed)
-            scores, rows = _without(found, itself, k)
+            query_1D = torch.nn.functional.normalize(self.vectors(np.array([row])), dim=1)
+            delta = None if self.delta is None else self.delta.unit()
+            found = _searched(delta, self._cosine, query_1D, min(k + 1, self.n_items), allowed)
+            scores, rows = without(found, itself, k)
         return Ranked(rows, scores, ["retriever"])
 
     @cached_property
@@ -217,18 +323,24 @@ class Recommender:
         reach = min(self.n_items, count + _longest(barred))
         query_BKD = self._encode(histories)
         b, kinds, dim = query_BKD.shape
-        scores, rows = self.index.search(query_BKD.reshape(b * kinds, dim), reach, allowed)
+        query_BD = query_BKD.reshape(b * kinds, dim)
+        scores, rows = _searched(self.delta, self.index, query_BD, reach, allowed)
         if kinds > 1:
-            scores, rows = _merged(scores.reshape(b, -1), rows.reshape(b, -1))
-        return _without((scores, rows), barred, count)
+            scores, rows = merged(scores.reshape(b, -1), rows.reshape(b, -1))
+        return without((scores, rows), barred, count)
 
     def _encode(self, histories: Histories) -> Tensor:
         if not _alone(self.retriever):
             return self.retriever.encode(histories)
         return torch.cat([self.retriever.encode(histories.take([b])) for b in range(len(histories))])
 
+    def _told(self, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Which rows are items that the models know."""
+        return rows >= 0 if self.delta is None else (rows >= 0) & (rows < self.delta.n)
+
     def _score(self, histories: Histories, rows: NDArray[np.int64], context: Context) -> NDArray[np.float32]:
         assert self.ranker is not None
+        rows = rows if self.delta is None else np.where(self._told(rows), rows, -1)
         if not _alone(self.ranker):
             return self.ranker.score(histories, rows, context).float().numpy()
         parts = []
@@ -250,8 +362,8 @@ class Recommender:
             scores_BN = self.retriever.score(histories.take(some)).float()
             if shut is not None:
                 scores_BN = scores_BN.masked_fill(shut, -torch.inf)
-            found = _top_rows(scores_BN, reach)
-            parts.append(_without(found, None if barred is None else barred.take(some), count))
+            found = top_rows(scores_BN, reach)
+            parts.append(without(found, None if barred is None else barred.take(some), count))
         return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
     def _popular(
@@ -259,7 +371,15 @@ class Recommender:
     ) -> Found:
         rows = self._popular_rows if allowed is None else self._popular_rows[allowed[self._popular_rows]]
         rows_BC = np.tile(rows[: count + _longest(barred)], (len(histories), 1))
-        return _without((self.popularity[rows_BC], rows_BC), barred, count)
+        return without((self.popularity[rows_BC], rows_BC), barred, count)
+
+
+def _searched(
+    delta: Delta | None, index: Index, queries_BD: Tensor, k: int, allowed: NDArray[np.bool_] | None
+) -> Found:
+    if delta is None:
+        return index.search(queries_BD, k, allowed)
+    return delta.search(index, queries_BD, k, allowed)
 
 
 def _alone(model: Model) -> bool:
@@ -275,77 +395,3 @@ def _known(histories: Histories) -> NDArray[np.bool_]:
 
 def _longest(barred: Histories | None) -> int:
     return 0 if barred is None else int(barred.lengths.max(initial=0))
-
-
-def _without(found: Found, barred: Histories | None, count: int) -> Found:
-    """Drop each user's barred rows and keep `count`, the order as it was."""
-    scores, rows = found
-    if barred is not None and len(barred.items):
-        shut_BX, _ = barred.padded()
-        width = int(max(rows.max(initial=0), shut_BX.max(initial=0))) + 2
-        line = np.arange(len(rows), dtype=np.int64)[:, None] * width
-        hit = np.isin(rows + line, np.where(shut_BX >= 0, shut_BX, -2 - line) + line) & (rows >= 0)
-        rows = np.where(hit, -1, rows)
-        scores = np.where(hit, np.float32(-np.inf), scores)
-    return ordered(scores, rows, count)
-
-
-def _merged(scores: NDArray[np.float32], rows: NDArray[np.int64]) -> Found:
-    """One list from K lists a user: the best score of a row that several lists hold."""
-    scores, rows = ordered(scores, rows, rows.shape[1])
-    by_row = np.argsort(rows, axis=1, kind="stable")  # equal rows: best score first
-    in_turn = np.take_along_axis(rows, by_row, 1)
-    again = np.zeros_like(in_turn, dtype=bool)
-    again[:, 1:] = in_turn[:, 1:] == in_turn[:, :-1]
-    np.put_along_axis(scores, by_row, np.where(again, -np.inf, np.take_along_axis(scores, by_row, 1)), 1)
-    return ordered(scores, rows, rows.shape[1])
-
-
-def _top_rows(scores_BN: Tensor, reach: int) -> Found:
-    """The best `reach` of whole lines of scores; among equal ones the lower rows."""
-    best = scores_BN.topk(reach, dim=1)
-    scores, rows = best.values, best.indices
-    torn = (scores_BN >= scores[:, -1:]).sum(dim=1) > reach  # equal scores on both sides of the edge
-    if bool(torn.any()):
-        again = scores_BN[torn].sort(dim=1, descending=True, stable=True)
-        scores[torn], rows[torn] = again.values[:, :reach], again.indices[:, :reach]
-    return scores.numpy(), rows.numpy()
-
-
-def _spread(scores: NDArray[np.float32]) -> tuple[float, float]:
-    """Mean and deviation, as `_z` takes them."""
-    held = scores.astype(np.float64)
-    return (float(held.mean()), float(held.std())) if len(held) else (0.0, 0.0)
-
-
-def _together(parts: Sequence[tuple[float, Reasons, float, float]]) -> Reasons:
-    """Reasons of a mix: of each part its share, its reasons, and the mean and deviation it is scaled by.
-
-    Neighbours stand for items of a history in no way: only the reasons of the first kind are kept.
-    """
-    score, base = 0.0, 0.0
-    rows, weights = [], []
-    kind = parts[0][1].kind
-    for share, part, mean, spread in parts:
-        scale = share / spread if spread > 1e-12 else 0.0
-        score += scale * (part.score - mean)
-        base += scale * (part.base - mean)
-        if part.kind == kind:
-            rows.append(part.rows)
-            weights.append(part.weights * scale)
-        else:
-            base += scale * float(part.weights.sum())
-    additive = all(part.additive for _, part, _, _ in parts)
-    return Reasons.of(
-        score, base, np.concatenate(rows), np.concatenate(weights), kind=kind, additive=additive
-    )
-
-
-def _z(scores_BC: NDArray[np.float32], given: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Each line to mean 0 and deviation 1 over its given places; a constant line to zeros."""
-    held = np.where(given, scores_BC, 0).astype(np.float64)
-    n = np.maximum(given.sum(axis=1, keepdims=True), 1)
-    away = np.where(given, held - held.sum(axis=1, keepdims=True) / n, 0)
-    spread = np.sqrt((away**2).sum(axis=1, keepdims=True) / n)
-    made = np.divide(away, spread, out=np.zeros_like(away), where=spread > 1e-12)
-    return np.asarray(made, np.float32)

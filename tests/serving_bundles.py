@@ -92,3 +92,10 @@ def requests(bundle: Bundle) -> Iterator[dict[str, Any]]:
     yield {"user": "u1", "filter": {"price": 999}}
     yield {"user": "u1", "filter": {"price": [3, 4], "category": "book"}, "k": 100}
     yield {"user": "u1", "exclude": items}
+    for user in ("u1", "u2", "nobody"):
+        yield {"user": user, "pin": [items[140], {"item": items[139], "place": 4}], "k": 6}
+        yield {"user": user, "pin": [items[3], "unknown"], "exclude": items[:9], "k": 6}
+        yield {"user": user, "caps": {"category": 2}, "k": 5}
+        yield {"user": user, "caps": {"price": 1, "category": 4}, "k": 12, "filter": {"price": {"max": 15}}}
+        yield {"user": user, "diversity": 0.4, "k": 8}
+        yield {"user": user, "diversity": 1, "caps": {"category": 3}, "pin": [items[100]], "k": 8}

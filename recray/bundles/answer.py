@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recray.bundles.filters import Filter
+from recray.retrieval.arrange import Rules
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class Item:
 
     item: str
     score: float
-    source: str  # retriever, ranker or popular
+    source: str  # retriever, ranker, popular or pin
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,8 @@ class Answer:
 class Request:
     """A checked request. history, exclude: item rows int32[L] and int32[X]; k is at most N.
 
-    filter: what features must hold, the bundle's own filter included; context: column -> value row.
+    filter: what features must hold, the bundle's own filter included; context: column -> value row;
+    rules: pins, caps and diversity, None where none is asked for.
     """
 
     history: NDArray[np.int32]
@@ -70,3 +72,9 @@ class Request:
     filter: Filter
     context: Mapping[str, int]
     degraded: tuple[str, ...] = ()
+    rules: Rules | None = None
+
+    @property
+    def pinned(self) -> frozenset[int]:
+        """The rows that are pinned."""
+        return frozenset() if self.rules is None else frozenset(row for _, row in self.rules.pins)

@@ -43,13 +43,15 @@ def build(
     plan: Plan | None = None,
     *,
     pieces: Path | None = None,
+    parent: Artefact | None = None,
+    told: Mapping[str, Any] | None = None,
 ) -> Bundle:
     """Write the bundle of these checkpoints by `plan` (default: nothing compressed) and open it.
 
     pieces: a folder where encoded models and indexes are kept, so that plans which share one make
-    it once. Raises ConfigError for models that do not fit the plan, the dataset or each other,
-    InputError for a filter that the items' features cannot answer, and GraphError for a network that
-    has no graph.
+    it once. parent: the bundle that this one follows; told: what the report says besides. Raises
+    ConfigError for models that do not fit the plan, the dataset or each other, InputError for a filter
+    that the items' features cannot answer, and GraphError for a network that has no graph.
     """
     plan = plan or Plan()
     retriever = _stage_of(retriever_ckpt, Retriever, "retriever")
@@ -75,9 +77,16 @@ def build(
     parents = {"dataset": dataset.artefact, "checkpoint": retriever_ckpt}
     if ranker_ckpt is not None:
         parents["ranker"] = ranker_ckpt
+    if parent is not None:
+        parents["bundle"] = parent
     names = {"retriever": retriever.name, "ranker": None if ranker is None else ranker.name}
     artefact = write_artefact(
-        out, "bundle", fill, parents=parents, recipe={"plan": config.as_dict(plan), "models": names}
+        out,
+        "bundle",
+        fill,
+        parents=parents,
+        recipe={"plan": config.as_dict(plan), "models": names},
+        report=told,
     )
     return open_bundle(artefact.place)
 

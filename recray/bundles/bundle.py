@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,16 +20,20 @@ from numpy.typing import NDArray
 
 from recray import config
 from recray.bundles.answer import Answer, Item, Reason, Request, Why
+from recray.bundles.changes import Changes
 from recray.bundles.filters import Filter, Filters
 from recray.bundles.plan import Plan
+from recray.bundles.rules import checked
 from recray.bundles.stage import read_stage
 from recray.data.ids import Ids
 from recray.data.sequences import Histories
 from recray.errors import ArtefactError, InputError
+from recray.feedback.events import Kept, joined
 from recray.manifest import Artefact, open_artefact
 from recray.models.base import Ranker, Retriever
 from recray.models.embeddings import DenseTable, Table
 from recray.recommender import Ranked, Recommender
+from recray.retrieval.arrange import Groups, Rules
 from recray.retrieval.index import Index, index_class, index_params
 from recray.storage import Place
 
@@ -55,11 +59,17 @@ class Front:
     item_features: pa.Table | None  # row i = item row i
     context_values: Mapping[str, Sequence[str]]  # column -> values, row 0 = unknown
     filters: Filters = field(repr=False)
+    changes: Changes | None = field(default=None, repr=False, kw_only=True)
 
     @property
     def generation(self) -> str:
-        """Names this bundle's content: the first 12 letters of its hash."""
-        return self.artefact.hash[:12]
+        """Names this bundle's content: the first 12 letters of its hash, and what changed since."""
+        return self.artefact.hash[:12] + (self.changes.stamp if self.changes else "")
+
+    @property
+    def known(self) -> int:
+        """How many items the models know; the others came later."""
+        return len(self.items) - (len(self.changes.added) if self.changes else 0)
 
     @property
     def model_bytes(self) -> int:
@@ -81,8 +91,13 @@ class Front:
         context: Mapping[str, Any] | None = None,
         *,
         exclude_seen: bool = True,
+        events: Sequence[Kept] = (),
+        pin: Sequence[Any] = (),
+        caps: Mapping[str, int] | None = None,
+        diversity: float = 0.0,
     ) -> Request:
-        """Check what was asked and turn its ids into rows. Raises InputError."""
+        """Check what was asked and turn its ids into rows; `events` are the user's since the bundle was
+        built, oldest first. Raises InputError."""
         degraded: tuple[str, ...] = ()
         if history is not None:
             rows = self.items.rows_of(_ids("history", history))
@@ -91,25 +106,54 @@ class Front:
         elif user is not None:
             at = int(self.users.rows_of([_id("user", user)])[0])
             rows = self.histories[at] if at >= 0 else np.empty(0, np.int32)
-            if at < 0:
+            if events:
+                rows = self._joined(at, rows, events)
+            if at < 0 and not len(rows):
                 degraded = ("unknown user",)
         else:
             rows = np.empty(0, np.int32)
         rows = np.asarray(rows[rows >= 0], np.int32)
         barred = self.items.rows_of(_ids("exclude", exclude))
         barred = np.unique(np.concatenate([barred[barred >= 0], rows if exclude_seen else rows[:0]]))
-        return Request(
-            history=rows,
+        made = Request(
+            history=rows if self.changes is None else rows[rows < self.known],
             exclude=barred.astype(np.int32),
             k=self._count(k),
             filter=self.wanted(filter),
             context=self._context(context),
             degraded=degraded,
         )
+        return self._ruled(made, pin, caps, diversity) if pin or caps or diversity else made
+
+    def _ruled(self, made: Request, pin: Any, caps: Any, diversity: Any) -> Request:
+        rules, known = checked(made.k, pin, caps, diversity, self.items, self.filters)
+        mask, pinned = (
+            self.allowed(made),
+            np.array(sorted(row for _, row in rules.pins) if rules else [], int),
+        )
+        out = np.isin(pinned, made.exclude) if mask is None else np.isin(pinned, made.exclude) | ~mask[pinned]
+        if self.changes is not None:
+            out |= np.isin(pinned, self.items.rows_of(self.changes.withdrawn))
+        degraded = made.degraded if known and not out.any() else (*made.degraded, "pin left out")
+        return replace(made, rules=rules, degraded=degraded)
+
+    def _joined(self, at: int, rows: NDArray[np.int32], events: Sequence[Kept]) -> NDArray[np.int32]:
+        """The history of user row `at` (below 0: not known) with the events that the model can use."""
+        found = self.items.rows_of([event.item for event in events])
+        used = (found >= 0) & (np.array([event.weight for event in events]) > 0)
+        times = np.array([event.time for event in events])
+        known = self.histories.times
+        if known is not None:
+            known = known[slice(*self.histories.offsets[at : at + 2])] if at >= 0 else known[:0]
+        return joined(rows, known, found[used], times[used])
 
     def allowed(self, request: Request) -> NDArray[np.bool_] | None:
         """The items that the request's filter leaves, bool[N], or None without a filter."""
         return self.filters.mask(request.filter)
+
+    def groups(self, rules: Rules | None) -> Groups:
+        """The values of the columns that rules cap."""
+        return {} if rules is None else self.filters.groups(column for column, _ in rules.caps)
 
     def context(self, request: Request) -> dict[str, NDArray[np.int32]]:
         """The request's circumstances as a ranker takes them, a batch of one."""
@@ -120,8 +164,12 @@ class Front:
         rows = ranked.rows[at]
         kept = rows >= 0
         names, scores = self.items.ids_of(rows[kept]), ranked.scores[at][kept].tolist()
-        source = ranked.sources[at]
+        source, pinned = ranked.sources[at], request.pinned
         items = [Item(name, score, source) for name, score in zip(names, scores)]
+        if pinned:
+            items = [
+                replace(i, source="pin") if r in pinned else i for i, r in zip(items, rows[kept].tolist())
+            ]
         return Answer(items[: request.k], self.generation, list(request.degraded))
 
     def wanted(self, filter: Mapping[str, Any] | None) -> Filter:
@@ -182,16 +230,24 @@ class Bundle(Front):
         *,
         exclude_seen: bool = True,
         why: bool = False,
+        pin: Sequence[Any] = (),
+        caps: Mapping[str, int] | None = None,
+        diversity: float = 0.0,
     ) -> Answer:
         """The k best items for a user, or for a history of item ids, oldest first.
 
         A given history replaces the one that is known of the user. Nobody, an unknown user and a
         history of unknown items get the most popular items. `exclude` names items not to show,
         `filter` features they must have, `context` the circumstances the ranker knows. Fewer than k
-        items come back when no more are left. With `why` the reasons for each come along. Raises
-        InputError.
+        items come back when no more are left. With `why` the reasons for each come along.
+
+        `pin` gives items places: ids for the first ones, {"item": id, "place": 3} for a certain one; what
+        is excluded or filtered out is not pinned. `caps` is how many items of each value of a column there
+        may be at most, `diversity` 0 .. 1 how much less than scores it counts that items are unlike each
+        other (see `retrieval.arrange`). Raises InputError.
         """
-        asked = self.request(user, history, k, exclude, filter, context, exclude_seen=exclude_seen)
+        rules: dict[str, Any] = {"pin": pin, "caps": caps, "diversity": diversity}
+        asked = self.request(user, history, k, exclude, filter, context, exclude_seen=exclude_seen, **rules)
         answer = self.answer(asked, self.recommender.recommend(**self.arguments(asked)))
         if why:
             answer.why.extend(self.why(item.item, user, history, context) for item in answer.items)
@@ -205,6 +261,8 @@ class Bundle(Front):
             "exclude": Histories.of([request.exclude]),
             "allowed": self.allowed(request),
             "context": self.context(request),
+            "rules": request.rules,
+            "groups": self.groups(request.rules),
         }
 
     def similar(self, item: str, k: int = 10, filter: Mapping[str, Any] | None = None) -> Answer:
@@ -228,6 +286,8 @@ class Bundle(Front):
         row = int(self.items.rows_of([_id("item", item)])[0])
         if row < 0:
             raise InputError(f"unknown item {item!r:.80}")
+        if row >= self.known:  # nothing was learned of it yet
+            return Why(item, 0.0, 0.0, False, [], self.generation)
         asked = self.request(user, history, context=context)
         history_1, barred = Histories.of([asked.history]), Histories.of([asked.exclude])
         found = self.recommender.why(history_1, row, barred, self.context(asked))

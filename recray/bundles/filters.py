@@ -1,11 +1,11 @@
-"""Filters on item features as masks over the catalogue, the recent ones kept."""
+"""Filters on item features as masks over the catalogue, the recent ones kept; and what caps count."""
 
 from __future__ import annotations
 
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from recray.data.sequences import Histories
 from recray.errors import InputError
 
 KEPT = 64  # masks; each takes one byte an item
@@ -43,6 +44,7 @@ class Filters:
     def __init__(self, features: pa.Table | None, n_items: int) -> None:
         self.features, self.n_items = features, n_items
         self._kept: OrderedDict[Any, NDArray[np.bool_]] = OrderedDict()
+        self._groups: dict[str, Histories] = {}  # no more than there are columns
         self._lock = threading.Lock()
 
     def checked(self, given: Any) -> Filter:
@@ -54,14 +56,18 @@ class Filters:
             return ()
         if not isinstance(given, Mapping):
             raise InputError(f"filter is {given!r:.80}", fix='write {"column": ["value"]}')
-        known = [] if self.features is None else self.features.column_names
         made = []
         for column, values in sorted(given.items(), key=lambda pair: str(pair[0])):
-            if column not in known:
-                fix = f"choose of {', '.join(known)}" if known else "this bundle has no item features"
-                raise InputError(f"unknown filter column {column!r:.80}", fix=fix)
+            self.known(column, "filter")
             made.append((column, self._condition(column, values)))
         return tuple(made)
+
+    def known(self, column: Any, what: str) -> None:
+        """Raise InputError for a column that the items do not have."""
+        columns = [] if self.features is None else self.features.column_names
+        if column not in columns:
+            fix = f"choose of {', '.join(columns)}" if columns else "this bundle has no item features"
+            raise InputError(f"unknown {what} column {column!r:.80}", fix=fix)
 
     def _condition(self, column: str, given: Any) -> Condition:
         if not isinstance(given, Mapping):
@@ -110,6 +116,31 @@ class Filters:
             while len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         return mask
+
+    def groups(self, columns: Iterable[str]) -> dict[str, Histories]:
+        """Column -> the values that each item has in it, as rows of the distinct ones; an unknown feature
+        is no value, and a list is each of its values once."""
+        made = {}
+        for column in columns:
+            with self._lock:
+                found = self._groups.get(column)
+            if found is None:
+                found = self._grouped(column)
+                with self._lock:
+                    self._groups[column] = found
+            made[column] = found
+        return made
+
+    def _grouped(self, column: str) -> Histories:
+        assert self.features is not None
+        data = _plain(self.features.column(column))
+        lists = _is_list(data.type)
+        owner = pc.list_parent_indices(data).to_numpy() if lists else np.arange(self.n_items)
+        values = pc.dictionary_encode(data.flatten() if lists else data)
+        rows = pc.fill_null(values.indices, -1).to_numpy(zero_copy_only=False).astype(np.int64)
+        pairs = np.unique(np.stack([owner, rows])[:, rows >= 0], axis=1)
+        lengths = np.bincount(pairs[0], minlength=self.n_items)
+        return Histories(pairs[1].astype(np.int32), np.concatenate([[0], np.cumsum(lengths)]))
 
     def _within(self, column: str, condition: Condition) -> NDArray[np.bool_]:
         assert self.features is not None

@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from recray.bundles.bundle import Bundle, open_bundle
-from recray.data.sequences import Histories
+from recray.bundles.bundle import Bundle, Request, open_bundle
+from recray.data.sequences import Histories, append
 from recray.errors import ArtefactError, InputError
 from recray.manifest import Artefact, write_artefact
 from recray.progress import bar
@@ -47,20 +47,22 @@ def recommend_many(
     k: int,
     out: Place,
     block_map: BlockMap = map,
+    asked: Mapping[str, Any] | None = None,
 ) -> Artefact:
     """Leave a "recommendations" artefact with the k best items of each user, what they know left out.
 
     users: ids, or a file of them (see `read_users`); one that comes twice is answered once. A user
-    nobody knows gets what is popular, and is counted in the report. Raises InputError.
+    nobody knows gets what is popular, and is counted in the report. asked: what else `Bundle.recommend`
+    takes, alike for all: filter, pin, ... Raises InputError.
     """
     ids = read_users(users) if isinstance(users, (str, os.PathLike)) else [str(user) for user in users]
     ids = list(dict.fromkeys(ids))
     if not ids:
         raise InputError("no user is named", where=users if isinstance(users, str) else None)
-    k = min(bundle.request(k=k).k, len(bundle.items))
-    answer = partial(_answer_at, bundle.artefact.place.uri, bundle.generation, k)
+    request = bundle.request(k=k, **asked or {})
+    answer = partial(_answer_at, bundle.artefact.place.uri, bundle.generation, request)
     if block_map is map:
-        answer = partial(answer_chunk, bundle, k)
+        answer = partial(answer_chunk, bundle, request)
 
     def fill(folder: Path) -> Mapping[str, Any]:
         chunks = (ids[start : start + CHUNK] for start in range(0, len(ids), CHUNK))
@@ -76,27 +78,34 @@ def recommend_many(
         unknown = int((bundle.users.rows_of(ids) < 0).sum())
         return {"users": len(ids), "unknown_users": unknown, "rows": lines}
 
-    recipe = {"k": k, "exclude_seen": True}
+    recipe = {"k": request.k, "exclude_seen": True, "asked": dict(asked or {})}
     return write_artefact(out, "recommendations", fill, parents={"bundle": bundle.artefact}, recipe=recipe)
 
 
-def answer_chunk(bundle: Bundle, k: int, ids: Chunk) -> pa.Table:
-    """The answers to a few users as a table of SCHEMA; the same as `Bundle.recommend` one by one."""
+def answer_chunk(bundle: Bundle, request: Request, ids: Chunk) -> pa.Table:
+    """The answers to a few users as a table of SCHEMA; the same as `Bundle.recommend` one by one.
+
+    request: what is asked for each of them, without a history.
+    """
     rows = bundle.users.rows_of(ids)
     empty = np.empty(0, np.int32)
     histories = Histories.of([bundle.histories[row] if row >= 0 else empty for row in rows.tolist()])
-    unknown = {name: np.zeros(len(ids), np.int32) for name in bundle.context_values}
-    ranked = bundle.recommender.recommend(histories, k, exclude=histories, allowed=None, context=unknown)
+    barred = histories
+    if len(request.exclude):
+        barred = append(histories, Histories.of([request.exclude] * len(ids)))
+    context = {name: np.full(len(ids), row, np.int32) for name, row in request.context.items()}
+    arguments = {**bundle.arguments(request), "histories": histories, "exclude": barred, "context": context}
+    ranked = bundle.recommender.recommend(**arguments)
     kept = ranked.rows >= 0
     user, position = np.nonzero(kept)
+    sources = np.asarray(ranked.sources)[user].astype(object)
+    sources[np.isin(ranked.rows[kept], list(request.pinned))] = "pin"
     columns = [
         pa.array(ids, pa.string()).take(pa.array(user)),
         pa.array(position + 1, pa.int32()),
         pa.array(bundle.items.ids_of(ranked.rows[kept]), pa.string()),
         pa.array(ranked.scores[kept], pa.float32()),
-        pa.array(np.asarray(ranked.sources)[user], pa.string())
-        .dictionary_encode()
-        .cast(SCHEMA.field("source").type),
+        pa.array(sources, pa.string()).dictionary_encode().cast(SCHEMA.field("source").type),
     ]
     return pa.table(columns, schema=SCHEMA)
 
@@ -126,9 +135,9 @@ def _opened(uri: str) -> Bundle:
     return open_bundle(uri, threads=1)
 
 
-def _answer_at(uri: str, generation: str, k: int, ids: Chunk) -> pa.Table:
+def _answer_at(uri: str, generation: str, request: Request, ids: Chunk) -> pa.Table:
     """`answer_chunk` on a machine that opens the bundle itself, once a process."""
     bundle = _opened(uri)
     if bundle.generation != generation:
         raise ArtefactError("was replaced while it was in use", where=uri)
-    return answer_chunk(bundle, k, ids)
+    return answer_chunk(bundle, request, ids)

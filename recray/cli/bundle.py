@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from argparse import ArgumentParser, ArgumentTypeError, Namespace
-from typing import Any
+from argparse import ArgumentParser, Namespace
 
 from recray.cli.output import Output, made
 from recray.cli.parsing import out_option
+from recray.cli.text import as_json
 
 EXAMPLE = "recray bundle runs/small --out runs/bundle"
 
@@ -37,14 +36,3 @@ def run(given: Namespace) -> Output:
         out=given.out,
     )
     return made(made_bundle.artefact)
-
-
-def as_json(text: str) -> dict[str, Any]:
-    """A JSON object."""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise ArgumentTypeError(f'{text!r} is no JSON object: write for example {{"stock": {{"min": 1}}}}')
-    return found

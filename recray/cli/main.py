@@ -13,7 +13,10 @@ from recray.cli.output import Output
 from recray.cli.parsing import Parser
 from recray.cli.text import to_json
 
-VERBS = "demo build prepare plan train evaluate tune compress bundle recommend serve show doctor".split()  # noqa: SIM905
+VERBS = [
+    *("demo", "build", "prepare", "plan", "train", "evaluate", "tune", "compress", "bundle", "recommend"),
+    *("serve", "ship", "rollback", "refit", "show", "doctor"),
+]
 ABOUT = "From an interaction log to a recommender that answers inside a latency budget, on Ray."
 
 

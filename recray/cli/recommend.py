@@ -6,7 +6,7 @@ from argparse import ArgumentParser, Namespace
 
 from recray.cli.output import Output, made
 from recray.cli.parsing import out_option, workers_option
-from recray.cli.text import because, table
+from recray.cli.text import as_json, because, table
 from recray.cli.words import at_least, names
 
 EXAMPLE = "recray recommend runs/bundle --history 50,181,258 -k 5"
@@ -20,6 +20,9 @@ def options(parser: ArgumentParser) -> None:
     who.add_argument("--history", type=names, metavar="A,B,C", help="items, oldest first")
     who.add_argument("--users", metavar="FILE", help="one user id a line; the answers go to --out")
     parser.add_argument("-k", type=at_least(1), default=10, metavar="N", help="items a user (default 10)")
+    parser.add_argument(
+        "--ask", type=as_json, default={}, metavar="JSON", help='more, such as {"filter": {"genre": "Drama"}}'
+    )
     parser.add_argument("--why", action="store_true", help="also say what speaks for each item")
     workers_option(parser, "Ray workers for --users")
     out_option(parser, "runs/recommendations-BUNDLE, only with --users")
@@ -30,8 +33,10 @@ def run(given: Namespace) -> Output:
     import dataclasses
 
     from recray import api
+    from recray.bundles.rules import check_fields
     from recray.manifest import Artefact
 
+    check_fields(given.ask)
     answer = api.recommend(
         given.bundle,
         user=given.user,
@@ -41,6 +46,7 @@ def run(given: Namespace) -> Output:
         why=given.why,
         workers=given.workers,
         out=given.out,
+        **given.ask,
     )
     if isinstance(answer, Artefact):
         return made(answer)

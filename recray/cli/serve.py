@@ -21,6 +21,10 @@ def options(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1; another host needs a token")
     parser.add_argument("--port", type=int, default=8000, help="default 8000")
+    parser.add_argument(
+        "--state", metavar="DIR|redis://...", help="keeps users' events; default until the server stops"
+    )
+    parser.add_argument("--feedback", metavar="DIR", help="logs events and answers; default: in --state DIR")
     parser.add_argument("--token-file", metavar="FILE", help="holds the bearer token that is asked for")
     parser.add_argument("--address", help="of a Ray cluster; default $RAY_ADDRESS, else one is started")
 
@@ -37,5 +41,7 @@ def run(given: Namespace) -> Output:
         token_file=given.token_file,
         address=given.address,
         profile=given.profile,
+        state=given.state,
+        feedback=given.feedback,
     )
     return Output("")

@@ -1,9 +1,10 @@
-"""Values as text: strict JSON and plain tables."""
+"""Values as text: strict JSON and plain tables; an option that is JSON."""
 
 from __future__ import annotations
 
 import json
 import math
+from argparse import ArgumentTypeError
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,17 @@ from typing import Any
 def to_json(value: Any) -> str:
     """Strict JSON: numpy numbers become plain ones, NaN and infinities become null."""
     return json.dumps(_plain(value), indent=1, allow_nan=False)
+
+
+def as_json(text: str) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ArgumentTypeError(f'{text!r} is no JSON object: write for example {{"stock": {{"min": 1}}}}')
+    return found
 
 
 def table(rows: Iterable[Sequence[object]], head: Sequence[str] = ()) -> str:

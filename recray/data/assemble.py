@@ -52,7 +52,7 @@ def write(out: Any, request: Request, ids: Vocabulary, tally: Tally, written: It
     def fill(folder: Path) -> dict[str, Any]:
         users.save(folder / "ids" / "users.parquet")
         items.save(folder / "ids" / "items.parquet")
-        in_parts = _fill_parts(folder, written)
+        in_parts = fill_parts(folder, written)
         for name, table in tables.items():
             made = feats.aligned(table, items if name == "items" else users)
             pq.write_table(made, folder / f"{name}.parquet", compression="zstd")
@@ -66,10 +66,7 @@ def write(out: Any, request: Request, ids: Vocabulary, tally: Tally, written: It
             (folder / "context.json").write_text(json.dumps(ids.context, ensure_ascii=False))
         return {
             "rows_read": tally.rows,
-            "dropped": {
-                reason: {"count": p.count, "file": p.file, "line": p.place(), "example": p.example}
-                for reason, p in tally.problems.items()
-            },
+            "dropped": dropped(tally),
             "valid_rows": tally.rows - sum(p.count for p in tally.problems.values()),
             "duplicates_dropped": request.plan.dedupe,
             "users": len(users),
@@ -89,7 +86,15 @@ def write(out: Any, request: Request, ids: Vocabulary, tally: Tally, written: It
     return dataset
 
 
-def _fill_parts(folder: Path, written: Iterable[Written]) -> dict[str, Any]:
+def dropped(tally: Tally) -> dict[str, Any]:
+    """What the report says of the rows that were left out, by reason."""
+    return {
+        reason: {"count": p.count, "file": p.file, "line": p.place(), "example": p.example}
+        for reason, p in tally.problems.items()
+    }
+
+
+def fill_parts(folder: Path, written: Iterable[Written]) -> dict[str, Any]:
     """Write the part files as they come; returns what the report says of them."""
     listed: dict[str, list[tuple[int, str, int, int]]] = {name: [] for name in col.SPLITS}
     counts = dict.fromkeys(col.SPLITS, 0)

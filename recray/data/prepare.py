@@ -108,7 +108,7 @@ def _prepare_here(request: Request, out: Any) -> Dataset:
         log = together([rows_of(block, rows, request, words.events) for block, rows in zip(blocks, maps)])
         blocks.clear()
         codes = np.repeat(np.arange(len(sizes), dtype=np.int8), sizes) if request.plan.given else None
-        return write(out, request, words, tally, _parts(pool, log, codes, request.plan, len(words.users)))
+        return write(out, request, words, tally, parts_of(pool, log, codes, request.plan, len(words.users)))
 
 
 def _gather(pool: ThreadPoolExecutor, name: str, spans: Sequence[Span], rules: Rules) -> list[Block]:
@@ -122,13 +122,14 @@ def _gather(pool: ThreadPoolExecutor, name: str, spans: Sequence[Span], rules: R
     return made
 
 
-def _parts(
+def parts_of(
     pool: ThreadPoolExecutor,
     log: Interactions,
     codes: NDArray[np.int8] | None,
     plan: parts.Plan,
     n_users: int,
 ) -> Iterator[Written]:
+    """The part files of a log, as they are made; codes: int8[N] of given splits, else `plan` decides."""
     if plan.split == "time":
         plan = plan.cut(splits.time_cuts(log.times), int(log.times.min()))
     borders = parts.bounds(np.bincount(log.user_rows, minlength=n_users))

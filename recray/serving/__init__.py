@@ -1,5 +1,7 @@
 """The serving wing: recommendations over HTTP, from one process (fused) or three kinds of them (split).
 
 `schema`, `http`, `auth`, `batching`, `stages`, `ingress`, `planning` and `profiles` are plain Python that a
-test runs without a cluster; `on_ray` puts them into Ray Serve deployments.
+test runs without a cluster, and so is what changes the bundle under load: `generations` (the pointer and its
+steps), `resident` (what a replica holds), `router` (who answers), `shipping`, `parity`, `canary` and `admin`.
+`on_ray` puts them into Ray Serve deployments.
 """

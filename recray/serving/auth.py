@@ -1,4 +1,4 @@
-"""Who may ask: one bearer token, compared in constant time, kept only as a digest."""
+"""Who may ask: a bearer token for users and one for the admin, compared in constant time, kept as digests."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from recray.errors import InputError
 
 TOKEN_ENV = "RECRAY_TOKEN"
+ADMIN_ENV = "RECRAY_ADMIN_TOKEN"
 
 
 def is_loopback(host: str) -> bool:
@@ -23,8 +24,10 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def find_token(token: str | None = None, token_file: str | None = None) -> str | None:
-    """The token to ask for: as given, else from a file, else from $RECRAY_TOKEN, else none.
+def find_token(
+    token: str | None = None, token_file: str | None = None, *, env: str = TOKEN_ENV
+) -> str | None:
+    """The token to ask for: as given, else from a file, else from the environment, else none.
 
     Raises InputError for an empty or unusable token; the message never holds the token.
     """
@@ -36,8 +39,8 @@ def find_token(token: str | None = None, token_file: str | None = None) -> str |
         except (OSError, UnicodeDecodeError):
             raise InputError("the token file cannot be read", where=token_file) from None
     if token is None:
-        token = os.environ.get(TOKEN_ENV)
-        where = f"${TOKEN_ENV}"
+        token = os.environ.get(env)
+        where = f"${env}"
     if token is None:
         return None
     if not token or not token.isascii() or not token.isprintable() or " " in token:

@@ -22,9 +22,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from recray import __version__
 from recray.errors import InputError
-from recray.serving import auth, schema
+from recray.serving import admin, auth, schema
 from recray.serving.docs import page
 from recray.serving.schema import ApiError
+from recray.serving.state import UserState
 
 access = logging.getLogger("recray.access")
 log = logging.getLogger("recray.serving")
@@ -56,15 +57,35 @@ class Answerer(Protocol):
         ...
 
 
-def build_asgi(answerer: Answerer, *, token_digest: str | None = None) -> ASGIApp:
-    """The application; with a digest, /v1/* asks for that bearer token."""
-    document = orjson.dumps(schema.openapi(__version__))
-    html = page(schema.openapi(__version__))
+def build_asgi(
+    answerer: Answerer,
+    *,
+    token_digest: str | None = None,
+    users: UserState | None = None,
+    admin_digest: str | None = None,
+    steps: admin.Admin | None = None,
+) -> ASGIApp:
+    """The application; with a digest, /v1/* asks for that bearer token. users: takes and recalls events.
+    steps: taken at /admin/* by whom `admin.check_token` lets in."""
+    described = schema.openapi(__version__)
+    if steps is not None:
+        admin.document(described)
+    document, html = orjson.dumps(described), page(described)
 
     async def similar(request: Request) -> Response:
         query = schema.parse_similar(request.query_params)
         reply = await answerer.similar(request.path_params["id"], query.k)
         return Response(_told(request.scope["state"], reply), media_type="application/json")
+
+    async def events(request: Request) -> Response:
+        ask = schema.parse_events(await _json_body(request.scope, request.receive))
+        if users is None:
+            raise ApiError(404, "no_state", "this server keeps no events; start it with --state")
+        request_id = request.scope["state"]["request_id"]
+        accepted, repeated = await users.keep(ask, request_id)
+        if steps is not None and not repeated:
+            steps.clicked(ask.user, len({one.request_id for one in ask.events} - {None}))
+        return _json({"request_id": request_id, "accepted": accepted, "repeated": repeated})
 
     async def healthz(request: Request) -> Response:
         return _json({"status": "ok"})
@@ -81,31 +102,38 @@ def build_asgi(answerer: Answerer, *, token_digest: str | None = None) -> ASGIAp
     router = Router(
         [
             Route("/v1/items/{id:path}/similar", similar, methods=["GET"]),
+            Route("/v1/events", events, methods=["POST"]),
             Route("/healthz", healthz),
             Route("/readyz", readyz),
             Route("/openapi.json", openapi),
             Route("/docs", docs),
+            *(() if steps is None else admin.routes(steps, _body_of, _json)),
         ],
         redirect_slashes=False,
     )
-    return _Gate(router, _Recommend(answerer), token_digest)
+    return _Gate(router, _Recommend(answerer, users), token_digest, admin_digest)
 
 
 class _Recommend:
     """POST /v1/recommend, where the time goes: from message to message, with nothing between."""
 
-    def __init__(self, answerer: Answerer) -> None:
-        self._answerer = answerer
+    def __init__(self, answerer: Answerer, users: UserState | None) -> None:
+        self._answerer, self._users = answerer, users
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] != "POST":
             raise HTTPException(405, headers={"Allow": "POST"})
         ask = schema.parse_recommend(await _json_body(scope, receive))
-        body = _told(scope["state"], await self._answerer.recommend(ask))
+        missing = [] if self._users is None else await self._users.recall(ask)
+        reply = await self._answerer.recommend(ask)
+        reply.degraded += missing
+        body = _told(scope["state"], reply)
         length = (b"content-length", str(len(body)).encode())
         headers = [length, (b"content-type", b"application/json")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": body})
+        if self._users is not None:
+            self._users.shown(scope["state"]["request_id"], ask.user, reply.generation, reply.items)
 
 
 _CSP = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
@@ -114,8 +142,11 @@ _CSP = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline
 class _Gate:
     """Around every request: an id, the token, errors as bodies, one line in the access log."""
 
-    def __init__(self, app: ASGIApp, recommend: ASGIApp, token_digest: str | None) -> None:
-        self._app, self._recommend, self._token_digest = app, recommend, token_digest
+    def __init__(
+        self, app: ASGIApp, recommend: ASGIApp, token_digest: str | None, admin_digest: str | None
+    ) -> None:
+        self._app, self._recommend = app, recommend
+        self._token_digest, self._admin_digest = token_digest, admin_digest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -138,6 +169,8 @@ class _Gate:
             await send(message)
 
         try:
+            if path.startswith(admin.PREFIX):
+                admin.check_token(headers, scope["method"], self._token_digest, self._admin_digest)
             self._check_token(path, headers)
             if path == RECOMMEND:
                 state["route"] = RECOMMEND
@@ -246,6 +279,10 @@ async def _read_body(receive: Receive) -> bytes:
         parts.append(part)
         if not message.get("more_body", False):
             return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def _body_of(request: Request) -> object:
+    return await _json_body(request.scope, request.receive)
 
 
 def _too_large() -> ApiError:

@@ -56,20 +56,13 @@ class Fused:
     """The models in this process, on `threads` threads that take a batch each."""
 
     def __init__(self, bundle: Bundle, batch: Batch, threads: int = 1) -> None:
-        async def retrieve(asked: stages.RetrieveBatch) -> stages.Found:
-            return stages.retrieve(bundle, asked)
-
-        async def rank(asked: stages.RankBatch) -> stages.Found:
-            return stages.rank(bundle, asked)
-
-        def answered(requests: Sequence[Request]) -> Sequence[Line]:
-            return _at_once(_through(bundle, requests, retrieve, rank if ranks else None))
+        def answers(requests: Sequence[Request]) -> Sequence[Line]:
+            return answered(bundle, requests)
 
         def similars(asks: Sequence[tuple[int, int]]) -> Sequence[stages.Found]:
             return [stages.similar(bundle, row, k) for row, k in asks]
 
-        ranks = bundle.recommender.ranker is not None
-        self.answer = Batcher(answered, max_size=batch.size, threads=threads)
+        self.answer = Batcher(answers, max_size=batch.size, threads=threads)
         self._similar = Batcher(similars, max_size=1, threads=1)
 
     async def similar(self, row: int, k: int) -> stages.Found | None:
@@ -111,7 +104,7 @@ class Ingress:
     """Checks what is asked, has it answered, names what comes back."""
 
     def __init__(self, front: Front, layout: Layout) -> None:
-        self._front, self._layout = front, layout
+        self.front, self._layout = front, layout
         front.items.rows_of([""])  # ids are looked up in a table that the first look-up makes
         front.users.rows_of([""])
 
@@ -120,18 +113,18 @@ class Ingress:
         asked = self._checked(ask)
         line = await self._layout.answer(asked)
         timing = {**line.timing_ms, "total": _ms(start)}
-        return Reply(line.items, self._front.generation, list(asked.degraded), timing)
+        return Reply(line.items, self.front.generation, list(asked.degraded), timing)
 
     async def similar(self, item: str, k: int) -> Reply:
         start = time.perf_counter()
-        row = int(self._front.items.rows_of([item])[0])
+        row = int(self.front.items.rows_of([item])[0])
         if row < 0:
             raise ApiError(404, "unknown_item", "no such item", "path.id")
-        k = min(k, len(self._front.items))
+        k = min(k, len(self.front.items))
         found = _same(await self._layout.similar(row, k))
         asked = Request(NOBODY, NOBODY, k, (), {})
-        line = _lines(self._front, [asked], [(found.rows[0], found.scores[0], "retriever")], {})[0]
-        return Reply(line.items, self._front.generation, [], {"total": _ms(start)})
+        line = _lines(self.front, [asked], [(found.rows[0], found.scores[0], "retriever")], {})[0]
+        return Reply(line.items, self.front.generation, [], {"total": _ms(start)})
 
     async def ready(self) -> str:
         try:
@@ -139,26 +132,41 @@ class Ingress:
         except asyncio.TimeoutError:
             raise ApiError(503, "unavailable", "a stage does not answer now") from None
         for generation in answers:
-            _same(generation if generation == self._front.generation else None)
-        return self._front.generation
+            _same(generation if generation == self.front.generation else None)
+        return self.front.generation
 
     def _checked(self, ask: RecommendRequest) -> Request:
-        features = self._front.item_features
+        features = self.front.item_features
         columns = [] if features is None else features.column_names
         for part, given, known in (
             ("filter", ask.filter, columns),
-            ("context", ask.context, list(self._front.context_values)),
+            ("caps", ask.caps, columns),
+            ("context", ask.context, list(self.front.context_values)),
         ):
             for column in given or {}:
                 if column not in known:
                     words = f"no {part} column of that name; there are: {', '.join(known) or 'none'}"
                     raise ApiError(422, "unknown_column", words, f"body.{part}.{column[:100]}")
         try:
-            return self._front.request(
-                ask.user, ask.history, ask.k, ask.exclude, ask.plain_filter(), ask.context
-            )
+            return self.front.request(
+                ask.user, ask.history, ask.k, ask.exclude, ask.plain_filter(), ask.context,
+                events=ask.recent, pin=ask.plain_pins(), caps=ask.caps, diversity=ask.diversity,
+            )  # fmt: skip
         except InputError as error:
             raise ApiError(422, "invalid_value", str(error), error.where or "body") from None
+
+
+def answered(bundle: Bundle, requests: Sequence[Request]) -> list[Line]:
+    """A batch along the whole path, on this thread."""
+
+    async def retrieve(asked: stages.RetrieveBatch) -> stages.Found:
+        return stages.retrieve(bundle, asked)
+
+    async def rank(asked: stages.RankBatch) -> stages.Found:
+        return stages.rank(bundle, asked)
+
+    ranks = bundle.recommender.ranker is not None
+    return _at_once(_through(bundle, requests, retrieve, rank if ranks else None))
 
 
 async def _through(
@@ -196,9 +204,13 @@ def _lines(
         kept.append(rows[: request.k][real])
         scores.append(line[: request.k][real].tolist())
     names, start, made = front.items.ids_of(np.concatenate(kept)), 0, []
-    for line, (_, _, source) in zip(scores, best):
+    for request, rows, line, (_, _, source) in zip(requests, kept, scores, best):
         part = zip(names[start : start + len(line)], line)
-        made.append(Line([{"item": i, "score": s, "source": source} for i, s in part], timing_ms))
+        items = [{"item": i, "score": s, "source": source} for i, s in part]
+        if request.rules is not None:
+            for place in np.flatnonzero(np.isin(rows, list(request.pinned))):
+                items[place]["source"] = "pin"
+        made.append(Line(items, timing_ms))
         start += len(line)
     return made
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
+
+from recray.feedback.events import KEEP, Kept
 
 MAX_BODY = 1_000_000  # bytes of a request body
 BODY_S = 5.0  # what a body may take to arrive: a client that stalls holds a place that others wait for
 MAX_K = 1000
 MAX_LIST = 10_000  # ids in one list
 MAX_ID = 1000  # characters of an id
+MAX_EVENTS = 1000  # in one request
+MAX_WORD = 64  # characters of an event's kind
 RETRY_AFTER_S = 1
 
 
@@ -54,10 +58,17 @@ class Condition(_Strict):
     max: Number | None = Field(None, description="The most it may be.")
 
 
+class Pin(_Strict):
+    """An item and its place."""
+
+    item: Id
+    place: int = Field(ge=1, le=MAX_K, description="From 1; at most k, and each once.")
+
+
 class RecommendRequest(_Strict):
     """Who is asked for, what they did, and what may be answered."""
 
-    user: Id | None = Field(None, description="A known user; their stored history is used.")
+    user: Id | None = Field(None, description="A user; all that is known of them is used, events too.")
     history: list[Id] | None = Field(
         None, max_length=MAX_LIST, description="Item ids, oldest first, used in place of the stored ones."
     )
@@ -67,6 +78,37 @@ class RecommendRequest(_Strict):
         None, description="Item column -> the value it must have, one of a list of values, or a condition."
     )
     context: dict[str, Scalar] | None = Field(None, description="Context column -> the value now.")
+    pin: list[Id | Pin] = Field(
+        default=[],
+        max_length=MAX_K,
+        description="Items that have places: an id takes the first that is free. What is excluded, known of "
+        "the user or filtered out is not pinned.",
+    )
+    caps: dict[str, Annotated[int, Field(ge=1, le=MAX_K)]] | None = Field(
+        None, description="Item column -> how many items of each of its values there may be at most."
+    )
+    diversity: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="How much it counts, beside scores, that items are unlike each other.",
+    )
+
+    _recent: Sequence[Kept] = PrivateAttr(())
+
+    @property
+    def recent(self) -> Sequence[Kept]:
+        """The user's events since the bundle was built, oldest first: not sent, but looked up here."""
+        return self._recent
+
+    def remember(self, events: Sequence[Kept]) -> None:
+        """Set `recent`."""
+        self._recent = events
+
+    def plain_pins(self) -> list[Any]:
+        """The pins as `Bundle.request` takes them."""
+        return [one.model_dump() if isinstance(one, Pin) else one for one in self.pin]
 
     def plain_filter(self) -> dict[str, Any] | None:
         """The filter as `Bundle.request` takes it."""
@@ -81,6 +123,51 @@ class RecommendRequest(_Strict):
         return told | asked
 
 
+class SentEvent(_Strict):
+    """One thing that the user did."""
+
+    item: Id = Field(description="An item id; one that the model does not know is kept all the same.")
+    time: Number | None = Field(
+        None, ge=0, description="Seconds since 1970, at most a day ahead; by default when it arrives."
+    )
+    event: Annotated[str, Field(min_length=1, max_length=MAX_WORD)] | None = Field(
+        None, description="What kind of event: view, click, buy, return, or a word of yours."
+    )
+    weight: Number | None = Field(
+        None,
+        ge=-1e6,
+        le=1e6,
+        description="By default 1, and 0 for a return; not above 0 is logged and is no part of a history.",
+    )
+    event_id: Id | None = Field(
+        None,
+        description="Names the event among the user's: the same again changes nothing. By default its time, "
+        "item and kind do, or without a time its place in this request and the X-Request-Id.",
+    )
+    request_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = Field(
+        None, description="Of the answer that showed the item."
+    )
+
+
+class EventsRequest(_Strict):
+    """What a user did, in any order."""
+
+    user: Id = Field(description="Who; a user whom the bundle does not know has a history from now on.")
+    events: list[SentEvent] = Field(
+        min_length=1,
+        max_length=MAX_EVENTS,
+        description=f"Each counts in the user's next answer, which reads the newest {KEEP}.",
+    )
+
+
+class EventsResponse(BaseModel):
+    """All of the events are kept."""
+
+    request_id: str
+    accepted: int = Field(description="Events that are kept now, all that were sent.")
+    repeated: int = Field(description="How many of them were known before, and changed nothing.")
+
+
 class SimilarQuery(_Strict):
     """The query of GET /v1/items/{id}/similar."""
 
@@ -92,11 +179,11 @@ class Item(BaseModel):
 
     item: str
     score: float
-    source: str = Field(description="What proposed it: the model's stage, or 'popular'.")
+    source: str = Field(description="What proposed it: the model's stage, 'popular' or 'pin'.")
 
 
 class RecommendResponse(BaseModel):
-    """Best item first."""
+    """Best item first, where no pin and no diversity wants it otherwise."""
 
     request_id: str
     generation: str = Field(description="The bundle this was answered from.")
@@ -120,14 +207,27 @@ class ErrorResponse(BaseModel):
     error: ErrorDetail
 
 
+_PLAIN = RecommendRequest.model_construct()  # copied several times as quickly as one is made
+
+
 def parse_recommend(body: object) -> RecommendRequest:
     """Validate a decoded JSON body. Raises ApiError (422)."""
     if not isinstance(body, dict):
         raise ApiError(422, "invalid_value", "the body must be a JSON object", "body")
     if _is_plain(body):
-        return RecommendRequest.model_construct(None, **body)
+        return _PLAIN.model_copy(update={"exclude": [], "pin": [], **body})
     try:
         return RecommendRequest.model_validate(body)
+    except ValidationError as error:
+        raise _refusal(error, body, "body") from None
+
+
+def parse_events(body: object) -> EventsRequest:
+    """Validate a decoded JSON body. Raises ApiError (422)."""
+    if not isinstance(body, dict):
+        raise ApiError(422, "invalid_value", "the body must be a JSON object", "body")
+    try:
+        return EventsRequest.model_validate(body)
     except ValidationError as error:
         raise _refusal(error, body, "body") from None
 
@@ -181,12 +281,12 @@ def _refusal(error: ValidationError, given: Any, root: str) -> ApiError:
 
 def openapi(version: str) -> dict[str, Any]:
     """The OpenAPI 3.1 document of every route."""
-    models = (RecommendRequest, RecommendResponse, ErrorResponse)
+    models = (RecommendRequest, RecommendResponse, EventsRequest, EventsResponse, ErrorResponse)
     schemas: dict[str, Any] = {}
     for model in models:
         made = model.model_json_schema(
             ref_template="#/components/schemas/{model}",
-            mode="validation" if model is RecommendRequest else "serialization",
+            mode="validation" if issubclass(model, _Strict) else "serialization",
         )
         schemas.update(made.pop("$defs", {}))
         schemas[model.__name__] = made
@@ -196,15 +296,8 @@ def openapi(version: str) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "recray", "version": version, "summary": "Recommendations over HTTP"},
         "paths": {
-            "/v1/recommend": {
-                "post": {
-                    "operationId": "recommend",
-                    "summary": "The k best items for a user or a history",
-                    "security": secured,
-                    "requestBody": {"required": True, "content": _json("RecommendRequest")},
-                    "responses": _responses("RecommendResponse", 400, 401, 413, 422, 503),
-                }
-            },
+            "/v1/recommend": _post("recommend", "The k best items for a user or a history", "Recommend"),
+            "/v1/events": _post("events", "What a user did, for the next answer and training", "Events", 404),
             "/v1/items/{id}/similar": {
                 "get": {
                     "operationId": "similar",
@@ -238,7 +331,7 @@ def openapi(version: str) -> dict[str, Any]:
 _MEANING = {
     400: "the body is not JSON",
     401: "the token is missing or wrong",
-    404: "no such item",
+    404: "no such item, or a server that keeps no events",
     413: f"the body is above {MAX_BODY} bytes",
     422: "a field is unknown or has a value that cannot be",
     503: "a stage does not answer now; try again",
@@ -254,6 +347,19 @@ def _responses(name: str, *errors: int) -> dict[str, Any]:
     for status in errors:
         made[str(status)] = {"description": _MEANING[status], "content": _json("ErrorResponse")}
     return made
+
+
+def _post(operation: str, summary: str, name: str, *errors: int) -> dict[str, Any]:
+    """A route that takes a JSON body, `name`Request, and answers with a `name`Response."""
+    return {
+        "post": {
+            "operationId": operation,
+            "summary": summary,
+            "security": [{"bearer": []}],
+            "requestBody": {"required": True, "content": _json(f"{name}Request")},
+            "responses": _responses(f"{name}Response", 400, 401, *errors, 413, 422, 503),
+        }
+    }
 
 
 def _plain(operation: str, summary: str, *errors: int) -> dict[str, Any]:

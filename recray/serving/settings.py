@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from recray import config
 from recray.errors import ConfigError
+from recray.feedback.log import Limits
+from recray.serving.canary import Band
 
 DEPLOYMENTS = ("Ingress", "Retriever", "Ranker")
 
@@ -60,6 +62,14 @@ class GraphArgs:
     batch: Batch | None = None  # None: as planned
     retriever: Stage = field(default_factory=Stage)  # of a fused replica: its threads
     ranker: Stage = field(default_factory=Stage)
+    state: str | None = None  # of users: a folder of one machine or redis://HOST:PORT/0; None keeps none
+    feedback: str | None = None  # folder of the logs of events and impressions; default the folder of `state`
+    feedback_limits: Limits = field(default_factory=Limits)  # of each of the two logs, a machine
+    admin_token_file: str | None = None  # opens /admin; else $RECRAY_ADMIN_TOKEN, else nothing does
+    admin_token_digest: str | None = None
+    signing_key_file: str | None = None  # read on every node; else $RECRAY_SIGNING_KEY, else none is asked
+    signed: bool = False  # refuse to start without that key; set where `recray serve` finds one
+    canary: Band = field(default_factory=Band)  # what a canary may be worse by before it is rolled back
 
 
 def read_file(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

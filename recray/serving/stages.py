@@ -20,15 +20,18 @@ from recray.bundles.filters import Filter
 from recray.data.sequences import Histories
 from recray.models.base import Context
 from recray.recommender import Candidates
+from recray.retrieval.arrange import Rules
 
 
 class RetrieveBatch(NamedTuple):
-    """B requests: what was done, what is barred, what columns must hold, how many are wanted."""
+    """B requests: what was done, what is barred, what columns must hold, how many are wanted, and whether
+    their lists are under rules."""
 
     histories: Histories
     exclude: Histories
     filters: Sequence[Filter]
     wants: Sequence[int]
+    rules: Sequence[Rules | None]
 
 
 class RankBatch(NamedTuple):
@@ -40,6 +43,7 @@ class RankBatch(NamedTuple):
     wants: Sequence[int]  # how many candidates there are
     context: Mapping[str, NDArray[np.int32]]
     k: int
+    rules: Sequence[Rules | None]
 
 
 class Found(NamedTuple):
@@ -57,26 +61,51 @@ def retrieve(bundle: Bundle, batch: RetrieveBatch) -> Found:
     """The best items of each request by the retriever; asks that want as many under the same filter
     go through the model together."""
     made = _empty(len(batch.wants), max(batch.wants))
-    for places in _groups([(w, repr(f)) for w, f in zip(batch.wants, batch.filters)]):
-        want, filter = batch.wants[places[0]], batch.filters[places[0]]
-        found = bundle.recommender.retrieve(
-            _some(batch.histories, places), want, _some(batch.exclude, places), bundle.filters.mask(filter)
-        )
+    for places in _groups([(w, repr(f), r) for w, f, r in zip(batch.wants, batch.filters, batch.rules)]):
+        want, mask = batch.wants[places[0]], bundle.filters.mask(batch.filters[places[0]])
+        histories, barred = _some(batch.histories, places), _some(batch.exclude, places)
+        rules = batch.rules[places[0]]
+        if rules is None:
+            found = bundle.recommender.retrieve(histories, want, barred, mask)
+        else:
+            found = _ruled(bundle, rules, histories, barred, mask)
         made.rows[places, :want], made.scores[places, :want] = found.rows, found.scores
     return made
+
+
+def _ruled(
+    bundle: Bundle, rules: Rules, histories: Histories, barred: Histories, mask: NDArray[np.bool_] | None
+) -> Candidates:
+    """Candidates for lists under rules; for those that nothing ranks afterwards, the lists."""
+    recommender, groups = bundle.recommender, bundle.groups(rules)
+    found = recommender.propose(histories, rules, barred, mask, groups)
+    last = np.flatnonzero(
+        histories.lengths == 0 if recommender.ranker is not None else histories.lengths >= 0
+    )
+    if len(last):
+        alone = Candidates(found.rows[last], found.scores[last], found.extra)
+        ranked = recommender.arrange(histories.take(last), alone, alone.scores, rules, groups)
+        found.rows[last], found.scores[last] = -1, -np.inf
+        found.rows[last, : rules.k], found.scores[last, : rules.k] = ranked.rows, ranked.scores
+    return found
 
 
 def rank(bundle: Bundle, batch: RankBatch) -> Found:
     """The best k of each request's candidates; asks with as many candidates go together."""
     made = _empty(len(batch.wants), batch.k)
-    for places in _groups(batch.wants):
-        want = batch.wants[places[0]]
+    for places in _groups(list(zip(batch.wants, batch.rules))):
+        want, rules = batch.wants[places[0]], batch.rules[places[0]]
         histories = _some(batch.histories, places)
-        candidates = Candidates(batch.rows[places, :want].astype(np.int64), batch.scores[places, :want])
+        lines = batch.rows[places, :want].astype(np.int64)
+        candidates = Candidates(lines, batch.scores[places, :want], 0 if rules is None else rules.extra)
         context: Context = {name: rows[places] for name, rows in batch.context.items()}
         scores = bundle.recommender.rank(histories, candidates, context)
-        best = bundle.recommender.top(histories, candidates, scores, batch.k)
-        made.rows[places], made.scores[places] = best.rows, best.scores
+        if rules is None:
+            best = bundle.recommender.top(histories, candidates, scores, batch.k)
+            made.rows[places], made.scores[places] = best.rows, best.scores
+        else:
+            best = bundle.recommender.arrange(histories, candidates, scores, rules, bundle.groups(rules))
+            made.rows[places, : rules.k], made.scores[places, : rules.k] = best.rows, best.scores
     return made
 
 
@@ -93,8 +122,14 @@ def to_retrieve(requests: Sequence[Request], candidates: int) -> RetrieveBatch:
         Histories.of([request.history for request in requests]),
         Histories.of([request.exclude for request in requests]),
         [request.filter for request in requests],
-        [max(request.k, candidates) for request in requests],
+        [_want(request, candidates) for request in requests],
+        [request.rules for request in requests],
     )
+
+
+def _want(request: Request, candidates: int) -> int:
+    depth = max(request.k, candidates)
+    return depth if request.rules is None else request.rules.pool(depth) + request.rules.extra
 
 
 def to_rank(requests: Sequence[Request], asked: RetrieveBatch, found: Found) -> tuple[list[int], RankBatch]:
@@ -111,6 +146,7 @@ def to_rank(requests: Sequence[Request], asked: RetrieveBatch, found: Found) -> 
         [asked.wants[place] for place in places],
         context,
         max((request.k for request in some), default=0),
+        [request.rules for request in some],
     )
 
 

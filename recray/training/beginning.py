@@ -2,7 +2,8 @@
 
 `train.start` names a checkpoint. Where its model has the recipe's shape its weights are gone on from; where
 it is larger of its kind (more blocks, heads, neurons, dimensions), it is pruned to that shape by what matters
-on some batches (`compression/prune.py`), and the training that follows is its recovery.
+on some batches (`compression/prune.py`), and the training that follows is its recovery. Where the dataset is
+the checkpoint's own and newer interactions (`data/extend.py`), rows keep their items and new ones are drawn.
 
 `train.teacher` names a checkpoint whose answers about the train split are worked out once for all students
 and kept in the user's cache, by the hashes of teacher and dataset (`compression/distil.py`).
@@ -14,6 +15,8 @@ import os
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from recray import progress
 from recray.compression import distil
@@ -43,7 +46,10 @@ def behind(recipe: Recipe, dataset: Dataset) -> dict[str, Artefact]:
             raise ConfigError(f"train.{role} is given, and {recipe.model} is fitted in closed form")
         found[role] = open_artefact(uri, "checkpoint")
         parent = found[role].manifest.parents.get("dataset", {})
-        if parent.get("hash") != dataset.artefact.hash:
+        known = {dataset.artefact.hash}
+        if role == "start":  # ids only grow, so a model of what the dataset extends fits it
+            known.add(dataset.artefact.manifest.parents.get("dataset", {}).get("hash", ""))
+        if parent.get("hash") not in known:
             raise ConfigError(
                 "was trained on another dataset", where=uri, fix=f"give a train.{role} of the same"
             )
@@ -96,6 +102,9 @@ def _take(model: Model, start: Artefact, dataset: Dataset, train: Train) -> None
     source = load_model(start)
     if source.name != model.name:
         raise ConfigError(f"is a {source.name}, and the recipe trains a {model.name}", where=start.place)
+    if start.manifest.parents["dataset"]["hash"] != dataset.artefact.hash:
+        grow(model, source, where=start.place)
+        return
     shapes = [{name: value.shape for name, value in each.state_dict().items()} for each in (source, model)]
     if shapes[0] != shapes[1]:
         want, have = sizes(model), sizes(source)
@@ -116,3 +125,25 @@ def _take(model: Model, start: Artefact, dataset: Dataset, train: Train) -> None
             where=start.place,
             fix="write out what follows from another option: options.head_dim, options.ffn_width",
         ) from None
+
+
+def grow(model: Model, source: Model, *, where: object) -> None:
+    """Fill the model's weights with those of one that knows its first items; rows of new items stay as drawn.
+
+    Buffers stay what the model has seen of its own dataset. Raises ConfigError where another size differs.
+    """
+    old = dict(source.named_parameters())
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            found = old.get(name)
+            if found is not None and found.shape == value.shape:
+                value.copy_(found)
+            elif (
+                found is not None
+                and found.shape[1:] == value.shape[1:]
+                and (len(found), len(value)) == (source.n_items, model.n_items)
+            ):
+                value[: len(found)] = found
+            else:
+                words = f"cannot be gone on from: {name} has another shape"
+                raise ConfigError(words, where=where, fix="train from the start")

@@ -64,7 +64,7 @@ def test_every_direct_dependency_is_pinned_inside_its_range() -> None:
 
 @pytest.mark.parametrize(
     ("paths", "extras"),
-    [(modules(), ()), (sorted(ROOT.glob("tests/**/*.py")), ("dev",)),
+    [(modules(), ("redis",)), (sorted(ROOT.glob("tests/**/*.py")), ("dev",)),
      (sorted(ROOT.glob("benchmarks/**/*.py")), ("bench", "dev"))],
     ids=["recray", "tests", "benchmarks"],
 )  # fmt: skip

@@ -128,6 +128,11 @@ def test_mistakes_are_found_before_anything_is_opened(tmp_path: Path) -> None:
         ),
         (lambda: api.compress("nowhere", p99="10", size="1MB"), "p99 '10' has no unit"),
         (lambda: api.compress("nowhere", p99="10ms", size="-1MB"), "size '-1MB'"),
+        (lambda: api.compress("nowhere", p99="10ms", size="1MB", rps=-1), "load of -1 requests/s"),
+        (lambda: api.compress("nowhere", p99="10ms", size="1MB", cost_per_1k=0), "budget of 0 for cost"),
+        (lambda: api.compress("nowhere", p99="10ms", size="1MB", price={"hours": 1}), "did you mean 'hour'"),
+        (lambda: api.compress("nowhere", p99="10ms", size="1MB", price={"hour": 0}), "price hour is 0"),
+        (lambda: api.compress("nowhere", p99="10ms", size="1MB", http="2"), "http '2' has no unit"),
         (lambda: api.tune("nowhere", recipe="x", space=[]), "unknown recipe 'x'"),
     ]:
         with pytest.raises(ConfigError, match=said):

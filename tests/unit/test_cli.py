@@ -159,6 +159,22 @@ def test_prepare_hands_every_option_on(artefact: Artefact, stand_in: Any) -> Non
     }  # fmt: skip
 
 
+def test_compress_and_show_hand_their_options_on(artefact: Artefact, stand_in: Any, capsys: Capture) -> None:
+    calls = stand_in("compress", lambda: artefact)
+    words = (
+        "compress c --p99 10ms --size 1MB --rps 50 --cost-per-1k 0.001 --price hour=0.2,cores=4 --http 2ms"
+    )
+    assert main(words.split()) == 0
+    ((given, named),) = calls
+    assert given == ("c",)
+    assert (named["p99"], named["size"], named["http"]) == ("10ms", "1MB", "2ms")
+    assert (named["rps"], named["cost_per_1k"], named["price"]) == (50, 0.001, {"hour": 0.2, "cores": 4.0})
+    asked = stand_in("show", lambda: {"trial": "ab", "metrics": {"p99": 0.01}})
+    assert main(["show", "search", "--trial", "3"]) == 0
+    assert asked == [(("search",), {"trial": "3"})]
+    assert "metrics.p99  0.01" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [

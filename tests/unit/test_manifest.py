@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from recray import manifest
-from recray.errors import ArtefactError
+from recray.errors import ArtefactError, InputError
 from recray.manifest import Artefact, Manifest, lineage, open_artefact, open_parent, write_artefact
 from recray.storage import MANIFEST
 
@@ -171,3 +171,30 @@ def test_lineage_goes_up_as_far_as_it_is_true(tmp_path: Path) -> None:
     assert [row["found"] for row in lineage(pack)] == ["another"]
     shutil.rmtree(tmp_path / "model")
     assert [row["found"] for row in lineage(pack)] == ["missing"]
+
+
+def test_a_signature_is_asked_for_where_a_key_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(manifest.KEY_ENV, raising=False)
+    assert manifest.signing_key() is None
+    bare = _make(tmp_path / "bare")
+    monkeypatch.setenv(manifest.KEY_ENV, "0123456789abcdef")
+    key = manifest.signing_key()
+    assert key is not None
+    with pytest.raises(ArtefactError, match="is not signed"):
+        manifest.check_signature(bare, key)
+    signed = _make(tmp_path / "signed")
+    assert signed.hash == bare.hash, "a signature is no content"
+    manifest.check_signature(open_artefact(tmp_path / "signed"), key)
+    with pytest.raises(ArtefactError, match="another key"):
+        manifest.check_signature(signed, b"another-key-of-16")
+    other = _make(tmp_path / "other", text="altered")
+    shutil.copy(tmp_path / "signed" / manifest.SIGNATURE, tmp_path / "other" / manifest.SIGNATURE)
+    with pytest.raises(ArtefactError, match="altered"):
+        manifest.check_signature(other, key)
+    (tmp_path / "key").write_text("short\n")
+    for call in (
+        lambda: manifest.signing_key(str(tmp_path / "key")),
+        lambda: manifest.signing_key("/nowhere"),
+    ):
+        with pytest.raises(InputError):
+            call()

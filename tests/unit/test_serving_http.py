@@ -188,6 +188,7 @@ def test_openapi_names_every_route_and_the_docs_load_nothing_else() -> None:
     assert document["openapi"].startswith("3.1")
     assert set(document["paths"]) == {
         "/v1/recommend",
+        "/v1/events",
         "/v1/items/{id}/similar",
         "/healthz",
         "/readyz",

@@ -9,22 +9,30 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+import uuid
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from recray.bundles.bundle import Bundle, open_bundle, open_front
+from recray.bundles.bundle import Bundle, Front, open_bundle, open_front
 from recray.config import as_dict, build
-from recray.errors import ConfigError
-from recray.manifest import open_artefact
+from recray.errors import ArtefactError, ConfigError
+from recray.manifest import KEY_ENV, Artefact, check_signature, open_artefact, signing_key
 from recray.progress import say
-from recray.serving import auth, planning, process, profiles, settings, stages
+from recray.serving import auth, parity, planning, process, profiles, settings, stages
+from recray.serving.canary import Tally
+from recray.serving.generations import Generation, Pointer, State
 from recray.serving.http import build_asgi
 from recray.serving.ingress import Fused, Ingress, Split, has_ranker
+from recray.serving.on_ray.pointer import KeptPointer, follow_all, own_name, tallies_of
 from recray.serving.profiles import Profile
+from recray.serving.resident import Ack, Resident
+from recray.serving.router import Follower, Router
 from recray.serving.schema import ApiError
 from recray.serving.settings import Batch, GraphArgs
+from recray.serving.shipping import Shipper
+from recray.serving.state import open_state, settled
 from recray.storage import place
 
 with warnings.catch_warnings():
@@ -45,21 +53,31 @@ OPTIONS: Mapping[str, Any] = {  # of each deployment, where the file says nothin
     "graceful_shutdown_wait_loop_s": 0.1,
     "graceful_shutdown_timeout_s": 5.0,
 }
+Opened = TypeVar("Opened", bound=Front)
 TRIES = 3  # of a hop whose replica dies; another replica is asked, since every stage is a pure function
 ANSWER_S = 30.0  # what a controller may take to answer
 
 
 class _Replica:
-    """What both model replicas are: a bundle of their own, one torch thread, work in an executor."""
+    """What both model replicas are: bundles of their own, one torch thread, work in an executor."""
 
-    def __init__(self, args: Mapping[str, Any]) -> None:
+    def __init__(self, args: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
         self.args = build(GraphArgs, args)
-        self.bundle = _opened(self.args.bundle)
         stage = self.args.retriever if isinstance(self, RetrieverReplica) else self.args.ranker
         self.executor = ThreadPoolExecutor(stage.threads, thread_name_prefix="recray-model")
+        self.follower = _following(lambda one, now: _held_bundle(one, now, self.args), origin)
 
-    async def generation(self) -> str:
-        return self.bundle.generation
+    async def holds(self, generation: str) -> str:
+        """The generation, or nothing where it is not held."""
+        return "" if self.follower.resident.get(generation) is None else generation
+
+    async def follow(self) -> Ack:
+        """Hold what the pointer names, see `resident`."""
+        return await self.follower.follow()
+
+    async def check_health(self) -> None:
+        """Asked by Serve every few seconds: the time to look whether the pointer moved."""
+        self.follower.nudge()
 
     async def pid(self) -> int:
         """The process of this replica, for whoever has to look at it (or to kill it in a test)."""
@@ -68,10 +86,12 @@ class _Replica:
     async def _run(
         self, generation: str, work: Callable[..., stages.Found], *asked: Any
     ) -> stages.Found | None:
-        """`work` on one of our threads; None for a question about another bundle."""
-        if generation != self.bundle.generation:
+        """`work` on one of our threads; None for a question about a bundle that is not held."""
+        bundle = self.follower.resident.get(generation)
+        if bundle is None:
+            self.follower.nudge()
             return None
-        return await asyncio.get_running_loop().run_in_executor(self.executor, work, self.bundle, *asked)
+        return await asyncio.get_running_loop().run_in_executor(self.executor, work, bundle, *asked)
 
 
 class RetrieverReplica(_Replica):
@@ -94,7 +114,9 @@ class RankerReplica(_Replica):
 class IngressReplica:
     """The HTTP door: ids outside, rows inside; it holds the models where there is no retriever to ask."""
 
-    def __init__(self, args: Mapping[str, Any], retriever: Any | None, ranker: Any | None) -> None:
+    def __init__(
+        self, args: Mapping[str, Any], origin: Mapping[str, Any], retriever: Any | None, ranker: Any | None
+    ) -> None:
         known = build(GraphArgs, args)
         self.token_digest = _token_digest(known)
         running = running_http()
@@ -102,29 +124,52 @@ class IngressReplica:
         auth.check_exposure(running.host, self.token_digest)
         if known.access_log:
             process.log_to_stderr("recray.access")
-        batch = known.batch or Batch()
+        self.admin_digest = _admin_digest(known)
+        self.users = open_state(known.state, known.feedback, known.feedback_limits)
+        self.watching: asyncio.Task[None] | None = None
+        self.args, self.stages = known, (retriever, ranker)
+        self.follower = _following(self._held, origin)
+        self.router = Router(self.follower.resident, self.follower.nudge)
+        self.shipper = _shipper(self.router, self.follower.pointer, known, self.stages)
+
+    def _held(self, one: Generation, now: Ingress | None) -> Ingress:
+        """One generation as this ingress answers from it. Raises InputError for what must not be held."""
+        batch, (retriever, ranker) = self.args.batch or Batch(), self.stages
         if retriever is None:
-            bundle = _opened(known.bundle)
-            self.ingress = Ingress(bundle, Fused(bundle, batch, known.retriever.threads))
-            return
-        front = open_front(known.bundle)
-        hops = [_Hop(handle, "generation") for handle in (retriever, ranker) if handle is not None]
-        split = Split(
-            front,
-            batch,
-            retrieve=_Hop(retriever, "retrieve", front.generation),
-            similar=_Hop(retriever, "similar", front.generation),
-            rank=None if ranker is None else _Hop(ranker, "rank", front.generation),
-            generations=hops,
-        )
-        self.ingress = Ingress(front, split)
+            bundle = _held_bundle(one, None if now is None else cast(Bundle, now.front), self.args)
+            made = Ingress(bundle, Fused(bundle, batch, self.args.retriever.threads))
+        else:
+            made = _split(_same(open_front(one.uri), one, self.args), batch, retriever, ranker)
+        if now is not None:
+            parity.same_catalogue(made.front, now.front)
+        return made
+
+    async def follow(self) -> Ack:
+        """Hold what the pointer names, and answer from whom it says."""
+        return await self.follower.follow()
+
+    async def tallies(self) -> dict[str, Tally]:
+        """What this replica counted, by generation."""
+        return self.router.tallies
+
+    async def check_health(self) -> None:
+        """Asked by Serve every few seconds: the time to look at the pointer and at the canary."""
+        self.follower.nudge()
+        if self.watching is None or self.watching.done():
+            self.watching = asyncio.get_running_loop().create_task(self.shipper.watch())
 
     async def pid(self) -> int:
         """The process of this replica."""
         return os.getpid()
 
     def __serve_build_asgi_app__(self) -> Any:
-        return build_asgi(self.ingress, token_digest=self.token_digest)
+        return build_asgi(
+            self.router,
+            token_digest=self.token_digest,
+            users=self.users,
+            admin_digest=self.admin_digest,
+            steps=self.shipper,
+        )
 
 
 IngressDeployment = serve.deployment(name="Ingress")(serve.ingress()(IngressReplica))
@@ -161,7 +206,7 @@ def graph(args: Mapping[str, Any], deployments: Mapping[str, Mapping[str, Any]],
     `deployments` maps a deployment's name to options of Ray Serve.
     """
     known = build(GraphArgs, args)
-    artefact = open_artefact(known.bundle, "bundle", verify=False)
+    artefact = _signed(open_artefact(known.bundle, "bundle", verify=False), known)
     plan = planning.make_plan(
         planning.loads_of(artefact),
         cluster(),
@@ -170,25 +215,91 @@ def graph(args: Mapping[str, Any], deployments: Mapping[str, Mapping[str, Any]],
         batch=known.batch,
     )
     say(f"layout {plan.layout}: {plan.reason}")
-    at = dataclasses.replace(known, bundle=place(known.bundle).uri, layout=plan.layout, batch=plan.batch)
-    plain = as_dict(at)
+    at = dataclasses.replace(
+        known,
+        bundle=place(known.bundle).uri,
+        layout=plan.layout,
+        batch=plan.batch,
+        signed=known.signed or signing_key(known.signing_key_file) is not None,
+    )
+    at = settled(at, machines())
+    first = State(current=Generation(artefact.hash[:12], at.bundle))
+    plain, origin = as_dict(at), {"run": uuid.uuid4().hex, "first": first.as_dict()}
     options = {
         name: options_of(name, deployments.get(name, {}), plan.replicas) for name in settings.DEPLOYMENTS
     }
     ingress = IngressDeployment.options(**options["Ingress"])
     if plan.layout == "fused":
-        return ingress.bind(plain, None, None)
-    retriever = Retriever.options(**options["Retriever"]).bind(plain)
-    ranker = Ranker.options(**options["Ranker"]).bind(plain) if has_ranker(artefact) else None
-    return ingress.bind(plain, retriever, ranker)
+        return ingress.bind(plain, origin, None, None)
+    retriever = Retriever.options(**options["Retriever"]).bind(plain, origin)
+    ranker = Ranker.options(**options["Ranker"]).bind(plain, origin) if has_ranker(artefact) else None
+    return ingress.bind(plain, origin, retriever, ranker)
 
 
-def _opened(bundle: str) -> Bundle:
-    """A bundle for a replica: one thread an operator, since requests are what runs side by side."""
+def _following(load: Callable[[Generation, Any], Any], origin: Mapping[str, Any]) -> Follower[Any]:
+    """What this replica holds, loaded before it serves, and the pointer that it follows."""
+    pointer = KeptPointer(origin["run"], State.from_dict(origin["first"]))
+    return Follower(Resident(load, pointer.read(), replica=own_name()[1]), pointer)
+
+
+def _held_bundle(one: Generation, now: Bundle | None, args: GraphArgs) -> Bundle:
+    """A bundle for a replica, one thread an operator, since requests are what runs side by side; beside a
+    running one it is looked at first."""
     import torch
 
     torch.set_num_threads(1)
-    return open_bundle(bundle, threads=1)
+    bundle = _same(open_bundle(one.uri, threads=1), one, args)
+    if now is not None:
+        parity.sound(bundle, beside=now)
+    return bundle
+
+
+def _same(front: Opened, one: Generation, args: GraphArgs) -> Opened:
+    if front.artefact.hash[:12] != one.name:
+        raise ArtefactError("was replaced while it was in use", where=one.uri)
+    _signed(front.artefact, args)
+    return front
+
+
+def _signed(artefact: Artefact, args: GraphArgs) -> Artefact:
+    """The artefact, its signature checked where a key is set. Raises InputError."""
+    key = signing_key(args.signing_key_file)
+    if key is not None:
+        check_signature(artefact, key)
+    elif args.signed:
+        raise ConfigError("the signing key is missing here", where=f"${KEY_ENV}", fix="set it on every node")
+    return artefact
+
+
+def _split(front: Front, batch: Batch, retriever: Any, ranker: Any | None) -> Ingress:
+    """A generation whose models are in other replicas."""
+    name = front.generation
+    if ranker is None and has_ranker(front.artefact):
+        raise ArtefactError("has a ranker, and this application has no Ranker replicas", where=name)
+    ranks = ranker is not None and has_ranker(front.artefact)
+    hops = (retriever, ranker) if ranks else (retriever,)
+    split = Split(
+        front,
+        batch,
+        retrieve=_Hop(retriever, "retrieve", name),
+        similar=_Hop(retriever, "similar", name),
+        rank=_Hop(ranker, "rank", name) if ranks else None,
+        generations=[_Hop(handle, "holds", name) for handle in hops],
+    )
+    return Ingress(front, split)
+
+
+def _shipper(router: Router, pointer: Pointer, args: GraphArgs, hops: Sequence[Any]) -> Shipper:
+    app, _ = own_name()
+    names = ["Ingress", *(handle.deployment_name for handle in hops if handle is not None)]
+    return Shipper(
+        router,
+        pointer,
+        everyone=lambda: follow_all(app, names),
+        counts=lambda: tallies_of(app, "Ingress"),
+        band=args.canary,
+        opened=lambda uri: _signed(open_artefact(place(uri), "bundle"), args),
+    )
 
 
 def cluster() -> planning.Machine:
@@ -202,6 +313,11 @@ def cluster() -> planning.Machine:
         gpus=int(min(node.get("GPU", 0) for node in nodes)),
         nodes=len(nodes),
     )
+
+
+def machines() -> int:
+    """How many machines the connected cluster spans; several of its nodes may be on one."""
+    return len({node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]})
 
 
 def options_of(name: str, given: Mapping[str, Any], replicas: int = 2) -> dict[str, Any]:
@@ -234,6 +350,13 @@ def _token_digest(args: GraphArgs) -> str | None:
     if args.token_digest is not None:
         return args.token_digest
     token = auth.find_token(token_file=args.token_file)
+    return None if token is None else auth.digest(token)
+
+
+def _admin_digest(args: GraphArgs) -> str | None:
+    if args.admin_token_digest is not None:
+        return args.admin_token_digest
+    token = auth.find_token(token_file=args.admin_token_file, env=auth.ADMIN_ENV)
     return None if token is None else auth.digest(token)
 
 

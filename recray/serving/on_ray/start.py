@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from recray import connect
@@ -17,7 +18,7 @@ from recray.errors import ConfigError, InputError, RecrayError
 from recray.manifest import open_artefact
 from recray.progress import say
 from recray.serving import auth, process, profiles, settings
-from recray.serving.on_ray.graph import cluster, graph, options_of, running_http, running_profile
+from recray.serving.on_ray.graph import cluster, graph, machines, options_of, running_http, running_profile
 from recray.serving.profiles import Profile
 from recray.serving.settings import GraphArgs
 from recray.storage import place
@@ -43,11 +44,14 @@ def serving(
     address: str | None = None,
     name: str = "recray",
     profile: Profile = "lite",
+    state: str | None = None,
+    feedback: str | None = None,
 ) -> Iterator[str]:
     """Serve a bundle for the length of the block; yields the base URL, ready to be asked.
 
     config: a Serve config whose args and deployment options count (its bundle, host and port do not).
-    port 0 takes a free one; profile: see `profiles`. A cluster at `address` (or the process's own) is
+    port 0 takes a free one; profile: see `profiles`; state, feedback: see `GraphArgs`, before the file's own.
+    Without a state one is kept for the length of the block. A cluster at `address` (or the process's own) is
     used, else one is started; where Serve runs already, this becomes one more application, under
     `/<name>`. All that was started is stopped at the end, also after Ctrl-C or SIGTERM.
 
@@ -60,7 +64,11 @@ def serving(
     found = auth.find_token(token, args.pop("token_file", None))
     if found is not None:
         args["token_digest"] = auth.digest(found)
+    keeper = auth.find_token(None, args.pop("admin_token_file", None), env=auth.ADMIN_ENV)
+    if keeper is not None:
+        args["admin_token_digest"] = auth.digest(keeper)
     auth.check_exposure(host, args.get("token_digest"))
+    args |= {key: value for key, value in (("state", state), ("feedback", feedback)) if value is not None}
     if "layout" not in args and {"Retriever", "Ranker"} & set(deployments):
         args["layout"] = "split"
     build(GraphArgs, args)
@@ -74,6 +82,7 @@ def serving(
         stack.enter_context(process.sigterm_interrupts())  # Ray has set its own
         stack.enter_context(_quiet())
         root = stack.enter_context(_serve_on(host, port, args.get("token_digest"), profile))
+        args = stack.enter_context(_with_state(args))
         yield stack.enter_context(_application(graph(args, deployments, running_profile()), name, root))
 
 
@@ -86,16 +95,31 @@ def run(
     token: str | None = None,
     address: str | None = None,
     profile: Profile = "lite",
+    state: str | None = None,
+    feedback: str | None = None,
 ) -> None:
     """`serving`, until Ctrl-C or SIGTERM."""
     try:
         with serving(
-            bundle, config=config, host=host, port=port, token=token, address=address, profile=profile
-        ) as url:
+            bundle, config=config, host=host, port=port, token=token, address=address, profile=profile,
+            state=state, feedback=feedback,
+        ) as url:  # fmt: skip
             say(f"serving {bundle} at {url} (documentation at {url}/docs, Ctrl-C stops)")
             threading.Event().wait()
     except KeyboardInterrupt:
         say("stopped")
+
+
+@contextlib.contextmanager
+def _with_state(args: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The arguments with a place for the state: where none is given, a folder that goes with the block."""
+    if "state" in args or machines() > 1:
+        if "state" not in args:
+            say("no events are kept: on several machines that takes --state redis://HOST:PORT/0")
+        yield dict(args)
+        return
+    with tempfile.TemporaryDirectory(prefix="recray-state-", ignore_cleanup_errors=True) as folder:
+        yield {**args, "state": folder}
 
 
 @contextlib.contextmanager

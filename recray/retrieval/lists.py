@@ -1,0 +1,94 @@
+"""Lists of found items, as they are proposed and as they are answered, and what is done to them.
+
+Shapes: B users, C candidates, k places, N items, X barred.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from recray.data.sequences import Histories
+from recray.retrieval.index import Found, ordered
+
+Source = Literal["retriever", "ranker", "popular"]
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """What retrieval proposes: rows int64[B, C] and scores float32[B, C], best first.
+
+    Where fewer than C are left: row -1, score -inf. The last `extra` columns are what rules brought in.
+    """
+
+    rows: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    extra: int = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """The answer: rows int64[B, k] and scores float32[B, k], best first, and each user's source.
+
+    Where fewer than k are left: row -1, score -inf.
+    """
+
+    rows: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    sources: Sequence[Source]
+
+
+def without(found: Found, barred: Histories | None, count: int) -> Found:
+    """Drop each user's barred rows and keep `count`, the order as it was."""
+    scores, rows = found
+    if barred is not None and len(barred.items):
+        shut_BX, _ = barred.padded()
+        width = int(max(rows.max(initial=0), shut_BX.max(initial=0))) + 2
+        line = np.arange(len(rows), dtype=np.int64)[:, None] * width
+        hit = np.isin(rows + line, np.where(shut_BX >= 0, shut_BX, -2 - line) + line) & (rows >= 0)
+        rows = np.where(hit, -1, rows)
+        scores = np.where(hit, np.float32(-np.inf), scores)
+    return ordered(scores, rows, count)
+
+
+def merged(scores: NDArray[np.float32], rows: NDArray[np.int64]) -> Found:
+    """One list from K lists a user: the best score of a row that several lists hold."""
+    scores, rows = ordered(scores, rows, rows.shape[1])
+    by_row = np.argsort(rows, axis=1, kind="stable")  # equal rows: best score first
+    in_turn = np.take_along_axis(rows, by_row, 1)
+    again = np.zeros_like(in_turn, dtype=bool)
+    again[:, 1:] = in_turn[:, 1:] == in_turn[:, :-1]
+    np.put_along_axis(scores, by_row, np.where(again, -np.inf, np.take_along_axis(scores, by_row, 1)), 1)
+    return ordered(scores, rows, rows.shape[1])
+
+
+def top_rows(scores_BN: Tensor, reach: int) -> Found:
+    """The best `reach` of whole lines of scores; among equal ones the lower rows."""
+    best = scores_BN.topk(reach, dim=1)
+    scores, rows = best.values, best.indices
+    torn = (scores_BN >= scores[:, -1:]).sum(dim=1) > reach  # equal scores on both sides of the edge
+    if bool(torn.any()):
+        again = scores_BN[torn].sort(dim=1, descending=True, stable=True)
+        scores[torn], rows[torn] = again.values[:, :reach], again.indices[:, :reach]
+    return scores.numpy(), rows.numpy()
+
+
+def standard(
+    scores_BC: NDArray[np.float32], given: NDArray[np.bool_], counted: NDArray[np.bool_]
+) -> NDArray[np.float32]:
+    """Each line less its mean and over its deviation, both of the places that count; a constant line to
+    zeros."""
+    held = np.where(given, scores_BC, 0).astype(np.float64)
+    n = np.maximum(counted.sum(axis=1, keepdims=True), 1)
+    away = np.where(given, held - np.where(counted, held, 0).sum(axis=1, keepdims=True) / n, 0)
+    spread = np.sqrt((np.where(counted, away, 0) ** 2).sum(axis=1, keepdims=True) / n)
+    made = np.divide(away, spread, out=np.zeros_like(away), where=spread > 1e-12)
+    return np.asarray(made, np.float32)

@@ -1,0 +1,127 @@
+"""Asking a running server for a step: `ship` and `rollback`, the verbs, over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from typing import Any
+
+from recray.errors import InputError, RecrayError
+from recray.serving import auth
+from recray.storage import place
+
+URL = "http://127.0.0.1:8000"
+WAIT_S = 900.0  # what a server may take to load a bundle everywhere
+
+
+def ship(
+    bundle: Any,
+    *,
+    canary: str | float | None = None,
+    url: str = URL,
+    token: str | None = None,
+    token_file: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Let a running server answer from another bundle, without a request that fails or mixes the two.
+
+    Every replica loads it beside what answers now and looks at its answers before the first user gets one.
+
+    Args:
+        bundle: an opened one, or its path or URI as the server's machines reach it.
+        canary: "5%", the share of the users who get it at first, the same ones each time; it is rolled back
+            by itself when their errors or p99 leave their band. The same bundle without it: all users.
+        url: where the server listens.
+        token, token_file: the admin's; also `$RECRAY_ADMIN_TOKEN`.
+
+    Returns: the generation that answers, the one before, the one on canary, and whether anything changed.
+
+    Raises:
+        InputError: the bundle was refused (the running one goes on), another step is under way, or the token.
+        RecrayError: the server cannot do it now.
+
+    Example: `recray.ship("runs/bundle-2", canary="5%")`
+    """
+    artefact = getattr(bundle, "artefact", bundle)  # of an opened bundle
+    where = str(getattr(artefact, "place", artefact))
+    if "://" not in where or where.startswith("file://"):
+        where = place(where).uri  # the server's folder is another
+    body: dict[str, Any] = {"bundle": where}
+    if canary is not None:
+        body["canary"] = share_of(canary)
+    return _asked(url, "ship", body, token, token_file)
+
+
+def rollback(
+    *,
+    url: str = URL,
+    token: str | None = None,
+    token_file: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """Let a running server answer from the generation before again, or without the canary, at once.
+
+    Args:
+        url, token, token_file: as of `ship`.
+
+    Returns: as `ship`.
+
+    Raises:
+        InputError: there is nothing to go back to, or the token.
+        RecrayError: the server cannot do it now.
+
+    Example: `recray.rollback()["generation"]`
+    """
+    return _asked(url, "rollback", {}, token, token_file)
+
+
+def share_of(text: str | float) -> float:
+    """ "5%" or 0.05 as a number between 0 and 1. Raises InputError."""
+    try:
+        share = float(text.rstrip("% ")) / 100 if isinstance(text, str) and "%" in text else float(text)
+    except ValueError:
+        share = 0.0
+    if not 0 < share < 1:
+        raise InputError(f"{text!r:.40} is no share of the users", where="canary", fix="write 5%")
+    return share
+
+
+def _asked(
+    url: str, step: str, body: dict[str, Any], token: str | None, token_file: str | os.PathLike[str] | None
+) -> dict[str, Any]:
+    found = auth.find_token(token, None if token_file is None else os.fspath(token_file), env=auth.ADMIN_ENV)
+    if not url.startswith(("http://", "https://")):
+        raise InputError("is not a server's address", where=url, fix=f"write it as {URL}")
+    headers = {"content-type": "application/json"}
+    if found is not None:
+        headers["authorization"] = f"Bearer {found}"
+    asked = urllib.request.Request(
+        f"{url.rstrip('/')}/admin/{step}", json.dumps(body).encode(), headers, method="POST"
+    )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the token goes to nobody else
+    try:
+        with opener.open(asked, timeout=WAIT_S) as answer:
+            told: dict[str, Any] = json.loads(answer.read())
+            return told
+    except urllib.error.HTTPError as error:
+        raise _error(error, url) from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "reason", error)
+        raise InputError(
+            f"no server of ours answers ({why})",
+            where=url,
+            fix="start one with `recray serve`, or give --url",
+        ) from None
+
+
+def _error(error: urllib.error.HTTPError, url: str) -> RecrayError:
+    try:
+        told = json.loads(error.read())["error"]
+        words, where = str(told["message"]), told.get("where") or url
+    except (ValueError, LookupError, TypeError, OSError):
+        words, where = f"answered {error.code} {error.reason}", url
+    if error.code in (401, 403):
+        fix = f"give the admin's token with --token-file or ${auth.ADMIN_ENV}"
+        return InputError(words, where=url, fix=fix)
+    kind = InputError if error.code < 500 else RecrayError
+    return kind(words, where=None if where == "body.bundle" else where)

@@ -1,0 +1,204 @@
+"""Events and histories behind the event loop: a store on threads of its own, and the logs of feedback.
+
+A read that fails makes an answer less than it could be; a write that fails is refused, so that the client
+sends it again. What cannot be reached is left alone for a while: nobody waits for it in vain.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from recray.errors import ConfigError
+from recray.feedback.events import LATEST_S, Event, Kept
+from recray.feedback.log import EVENTS, IMPRESSIONS, Limits, SegmentLog
+from recray.feedback.store import REDIS, Store, StoreError, open_store
+from recray.serving.batching import Batcher
+from recray.serving.schema import ApiError, EventsRequest, RecommendRequest
+from recray.serving.settings import GraphArgs
+
+log = logging.getLogger("recray.serving")
+
+UNAVAILABLE = "state unavailable"  # of an answer without the events that came after its bundle
+FIRST_S, LONGEST_S = 0.5, 8.0  # how long a store that failed is left alone, and how long at most
+FLUSH_S = 0.05  # how long an impression may wait to be written: what a killed replica loses
+PENDING = 10_000  # impressions that may wait
+READS, WRITES = 64, 32  # asks that go to the store together
+
+
+class UserState:
+    """What one ingress replica keeps of users. One event loop owns it."""
+
+    def __init__(
+        self, store: Store, feedback: Path | None = None, limits: Limits | None = None, *,
+        clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        """feedback: the folder of the logs; without one nothing is logged. Raises ConfigError for it."""
+        self._store, self._clock = store, clock
+        self._events = None if feedback is None else SegmentLog(feedback, EVENTS, limits)
+        self._impressions = None if feedback is None else SegmentLog(feedback, IMPRESSIONS, limits)
+        self._patience = Patience()
+        self._read: Batcher[str, list[Kept]] = Batcher(self._histories, max_size=READS)
+        self._write: Batcher[Sequence[Event], int] = Batcher(self._append, max_size=WRITES)
+        self._shown: list[dict[str, Any]] = []
+        self._dropped = 0
+
+    async def recall(self, ask: RecommendRequest) -> list[str]:
+        """Put the events of its user into a request that asks for their history; says why not, if so."""
+        if ask.user is None or ask.history is not None:
+            return []
+        try:
+            ask.remember(await self._read(ask.user))
+        except StoreError:
+            return [UNAVAILABLE]
+        return []
+
+    async def keep(self, ask: EventsRequest, request_id: str) -> tuple[int, int]:
+        """(events that are kept now, how many of them were known before). Raises ApiError."""
+        events = events_of(ask, request_id, self._clock())
+        try:
+            new = await self._write(events)
+        except StoreError:
+            words = "events cannot be kept now; send them again"
+            raise ApiError(503, "unavailable", words, "state") from None
+        return len(events), len(events) - new
+
+    def shown(self, request_id: str, user: str | None, generation: str, items: Sequence[Any]) -> None:
+        """Log what was answered, a little later."""
+        if self._impressions is None:
+            return
+        if len(self._shown) >= PENDING:
+            self._dropped += 1
+            return
+        if not self._shown:
+            asyncio.get_running_loop().call_later(FLUSH_S, self._flush_soon)
+        told = {"request_id": request_id, "user": user, "time": self._clock(), "generation": generation}
+        self._shown.append({**told, "items": items})
+
+    def _flush_soon(self) -> None:
+        """Have the impressions that wait written by a thread."""
+        lines, self._shown = self._shown, []
+        dropped, self._dropped = self._dropped, 0
+        asyncio.get_running_loop().run_in_executor(None, self._flush, lines, dropped)
+
+    def _flush(self, lines: Sequence[dict[str, Any]], dropped: int) -> None:
+        try:
+            if self._impressions is not None:
+                self._impressions.write([{**line, "items": _ids(line["items"])} for line in lines])
+        except OSError as error:
+            dropped += len(lines)
+            log.warning("impressions cannot be written: %s", error.strerror)
+        if dropped:
+            log.warning("%d impressions were not logged", dropped)
+
+    def close(self) -> None:
+        """Write what waits, and let go of everything."""
+        self._flush(self._shown, self._dropped)
+        self._read.close()
+        self._write.close()
+        for part in (self._events, self._impressions, self._store):
+            if part is not None:
+                part.close()
+
+    def _histories(self, users: Sequence[str]) -> Sequence[list[Kept]]:
+        found: list[list[Kept]] = self._patience.ask(lambda: self._store.histories(users))
+        return found
+
+    def _append(self, asks: Sequence[Sequence[Event]]) -> Sequence[int]:
+        """Into the store first: what is then lost with this process was never acknowledged, and the retry is
+        logged. What is logged twice counts once by its id."""
+        flat = [event for events in asks for event in events]
+        new = iter(self._patience.ask(lambda: self._store.append(flat)))
+        if self._events is not None:
+            try:
+                self._events.write([_line(event) for event in flat])
+            except OSError as error:
+                log.warning("events cannot be logged: %s", error.strerror)
+                raise StoreError("the log of events cannot be written") from None
+        return [sum(next(new) for _ in events) for events in asks]
+
+
+class Patience:
+    """Leaves alone what failed: at first briefly, then twice as long each time."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._until, self._next = clock, 0.0, FIRST_S
+
+    def ask(self, work: Callable[[], Any]) -> Any:
+        """What `work` gives. Raises StoreError when it does, and unasked for a while after."""
+        if self._clock() < self._until:
+            raise StoreError("the state failed just now")
+        try:
+            made = work()
+        except StoreError as error:
+            if self._next == FIRST_S:
+                log.warning("%s", error)
+            self._until = self._clock() + self._next
+            self._next = min(2 * self._next, LONGEST_S)
+            raise
+        self._until, self._next = 0.0, FIRST_S
+        return made
+
+
+def events_of(ask: EventsRequest, request_id: str, now: float) -> list[Event]:
+    """What was sent, with all that it left open: when, what it counts, and what it is known by.
+
+    Without an id an event is known by what it says if it says when it was, else by its place in this
+    request: then the client must send the same X-Request-Id again. Raises ApiError (422) for the future.
+    """
+    made = []
+    for n, sent in enumerate(ask.events):
+        time_ = now if sent.time is None else float(sent.time)
+        if time_ > now + LATEST_S:
+            words = "the time lies in the future; give seconds since 1970"
+            raise ApiError(422, "invalid_value", words, f"body.events.{n}.time")
+        weight = (0.0 if sent.event == "return" else 1.0) if sent.weight is None else float(sent.weight)
+        named = sent.event_id
+        if named is None:
+            said = "" if sent.time is None else f"{sent.event or ''}@{time_!r} {sent.item}"
+            named = said or f"{request_id}.{n}"
+        made.append(Event(ask.user, sent.item, time_, named, weight, sent.event or "", sent.request_id or ""))
+    return made
+
+
+def open_state(
+    where: str | None, feedback: str | None = None, limits: Limits | None = None
+) -> UserState | None:
+    """The state at a folder or a Redis URL; None for none. The logs lie in `feedback`, by default in that
+    folder. Raises ConfigError."""
+    if where is None:
+        if feedback is not None:
+            raise ConfigError("feedback is logged of what the state keeps", fix="give --state, too")
+        return None
+    folder = feedback if feedback is not None or where.startswith(REDIS) else where
+    return UserState(open_store(where), None if folder is None else Path(folder), limits)
+
+
+def settled(args: GraphArgs, machines: int) -> GraphArgs:
+    """With `state` and `feedback` as every replica finds them, checked beforehand. Raises ConfigError."""
+    where, logs = args.state, None if args.feedback is None else os.path.abspath(args.feedback)
+    if where is not None and "://" not in where:
+        if machines > 1:
+            words = f"is a folder of one machine, and the cluster has {machines}"
+            raise ConfigError(words, where=where, fix="give --state redis://HOST:PORT/0")
+        where = os.path.abspath(where)
+    users = open_state(where, logs)
+    if users is not None:
+        users.close()
+    return dataclasses.replace(args, state=where, feedback=logs)
+
+
+def _line(event: Event) -> dict[str, Any]:
+    told = {"user": event.user, "item": event.item, "time": event.time, "event_id": event.id}
+    told["weight"] = event.weight
+    return told | {k: v for k, v in (("event", event.event), ("request_id", event.request_id)) if v}
+
+
+def _ids(items: Sequence[Any]) -> list[str]:
+    return [item["item"] for item in items]

@@ -1,0 +1,266 @@
+"""The admin's door and who asks at it: tokens, bodies, errors in one line, and the verbs as clients."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+import recray
+from recray.cli.main import main
+from recray.errors import InputError, RecrayError
+from recray.serving import auth, client
+from recray.serving.http import Reply, build_asgi
+from recray.serving.schema import ApiError, RecommendRequest
+
+TOLD = {
+    "generation": "b1",
+    "previous": "a1",
+    "next": None,
+    "share": 0.0,
+    "version": 3,
+    "changed": True,
+    "why": "shipped b1",
+}
+
+
+class Steps:
+    """Takes note of what it is asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    async def ship(self, bundle: str, share: float | None = None) -> dict[str, Any]:
+        await asyncio.sleep(0.01)
+        self.asked.append((bundle, share))
+        if bundle == "broken":
+            raise ApiError(422, "bundle_refused", "broken: was altered", "body.bundle")
+        return TOLD
+
+    async def rollback(self) -> dict[str, Any]:
+        self.asked.append("rollback")
+        return TOLD
+
+    async def generations(self) -> dict[str, Any]:
+        return {**TOLD, "counts": {}}
+
+    def clicked(self, user: str, answers: int) -> None:
+        self.asked.append((user, answers))
+
+
+class Nobody:
+    """An Answerer that is not asked."""
+
+    async def recommend(self, ask: RecommendRequest) -> Reply:
+        return Reply([], "b1")
+
+    async def similar(self, item: str, k: int) -> Reply:
+        return Reply([], "b1")
+
+    async def ready(self) -> str:
+        return "b1"
+
+
+def ask(
+    method: str,
+    path: str,
+    *,
+    token: str | None = None,
+    admin: str | None = None,
+    host: str = "127.0.0.1:8000",
+    steps: Steps | None = None,
+    **kwargs: Any,
+) -> httpx.Response:
+    app = build_asgi(
+        Nobody(),
+        token_digest=token and auth.digest(token),
+        admin_digest=admin and auth.digest(admin),
+        steps=steps or Steps(),
+    )
+
+    async def scene() -> httpx.Response:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url=f"http://{host}"
+        ) as session:
+            return await session.request(method, path, **kwargs)
+
+    return asyncio.run(scene())
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {token}"}
+
+
+def test_on_this_machine_without_any_token() -> None:
+    steps = Steps()
+    answer = ask("POST", "/admin/ship", json={"bundle": "/b", "canary": 0.05}, steps=steps)
+    assert (answer.status_code, answer.json()) == (200, TOLD)
+    assert ask("POST", "/admin/rollback", json={}, steps=steps).status_code == 200
+    assert steps.asked == [("/b", 0.05), "rollback"]
+    assert ask("GET", "/admin/generations", host="[::1]:8000").json()["counts"] == {}
+    assert ask("GET", "/admin/generations", host="localhost").status_code == 200
+
+
+def test_a_page_in_a_browser_cannot() -> None:
+    steps = Steps()
+    text = {"content-type": "text/plain"}
+    for path in ("/admin/ship", "/admin/rollback"):
+        answer = ask("POST", path, content=b'{"bundle": "/b"}', headers=text, steps=steps)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (415, "not_json")
+        answer = ask("POST", path, json={"bundle": "/b"}, host="evil.example:8000", steps=steps)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "no_admin_token")
+    assert ask("GET", "/admin/generations", host="evil.example").status_code == 403
+    assert steps.asked == []
+
+
+def test_a_users_token_is_not_the_admins() -> None:
+    both: dict[str, Any] = {"token": "user-token", "admin": "admin-token"}
+    for path, method in (("/admin/ship", "POST"), ("/admin/rollback", "POST"), ("/admin/generations", "GET")):
+        for headers in ({}, bearer("user-token"), bearer("wrong")):
+            answer = ask(method, path, headers=headers, **both)
+            assert answer.status_code == 401
+            assert answer.headers["www-authenticate"] == "Bearer"
+        answer = ask(method, path, headers=bearer("user-token"), token="user-token")
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "no_admin_token")
+        body = {"json": {"bundle": "/b"}} if method == "POST" else {}
+        assert ask(method, path, headers=bearer("admin-token"), host="any.example", **body, **both).is_success
+    assert ask("POST", "/v1/recommend", json={}, headers=bearer("admin-token"), **both).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("body", "where"),
+    [
+        ([], "body"),
+        ({}, "body.bundle"),
+        ({"bundle": ""}, "body.bundle"),
+        ({"bundle": 3}, "body.bundle"),
+        ({"bundle": "/b", "canary": 0}, "body.canary"),
+        ({"bundle": "/b", "canary": 1.0}, "body.canary"),
+        ({"bundle": "/b", "canary": "5%"}, "body.canary"),
+        ({"bundle": "/b", "force": True}, "body.force"),
+    ],
+)
+def test_bad_bodies(body: Any, where: str) -> None:
+    answer = ask("POST", "/admin/ship", json=body)
+    assert answer.status_code == 422
+    assert answer.json()["error"]["where"] == where
+    assert (
+        ask("POST", "/admin/ship", content=b"{", headers={"content-type": "application/json"}).status_code
+        == 400
+    )
+
+
+def test_routes_and_their_document() -> None:
+    assert ask("GET", "/admin/ship").status_code == 405
+    assert ask("POST", "/admin/nothing", json={}).status_code == 404
+    document = ask("GET", "/openapi.json").json()
+    assert {"/admin/ship", "/admin/rollback", "/admin/generations"} <= set(document["paths"])
+    text = json.dumps(document)
+    for name in {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}:
+        assert name in document["components"]["schemas"]
+    assert "/admin/ship" in ask("GET", "/docs").text
+    app = build_asgi(Nobody())
+
+    async def without() -> int:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as one:
+            return (await one.get("/admin/generations")).status_code
+
+    assert asyncio.run(without()) == 404
+
+
+def test_a_step_outlives_whoever_asked_for_it() -> None:
+    steps = Steps()
+    app = build_asgi(Nobody(), steps=steps)
+
+    async def scene() -> None:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as one:
+            call = asyncio.create_task(one.post("/admin/ship", json={"bundle": "/b"}))
+            await asyncio.sleep(0.005)
+            call.cancel()
+            await asyncio.sleep(0.05)
+
+    asyncio.run(scene())
+    assert steps.asked == [("/b", None)]
+
+
+class Door(BaseHTTPRequestHandler):
+    """Answers what the test says, and keeps what it was asked."""
+
+    status, body = 200, json.dumps(TOLD).encode()
+    asked: tuple[str, str | None, Any] = ("", None, None)
+
+    def do_POST(self) -> None:
+        given = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        type(self).asked = (self.path, self.headers["authorization"], given)
+        self.send_response(self.status)
+        self.end_headers()
+        self.wfile.write(self.body)
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def door(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Door]]:
+    monkeypatch.delenv(auth.ADMIN_ENV, raising=False)
+    made = type("Made", (Door,), {})
+    with ThreadingHTTPServer(("127.0.0.1", 0), made) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        made.url = f"http://127.0.0.1:{server.server_port}"  # type: ignore[attr-defined]
+        yield made
+        server.shutdown()
+        thread.join()
+
+
+def test_the_verbs_ask_a_server(door: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = recray.ship(tmp_path / "bundle", canary="5%", url=door.url, token="t")
+    assert told == TOLD
+    assert door.asked == ("/admin/ship", "Bearer t", {"bundle": str(tmp_path / "bundle"), "canary": 0.05})
+    assert recray.rollback(url=f"{door.url}/")["generation"] == "b1"
+    assert door.asked == ("/admin/rollback", None, {})
+    assert main(["ship", "s3://shop/bundle", "--url", door.url]) == 0
+    assert door.asked[2] == {"bundle": "s3://shop/bundle"}
+    assert capsys.readouterr() == ("b1\n", "shipped b1\n")
+    assert main(["rollback", "--url", door.url, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == TOLD
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "match"),
+    [
+        (401, InputError, "--token-file"),
+        (403, InputError, auth.ADMIN_ENV),
+        (409, InputError, "the words"),
+        (422, InputError, "the words"),
+        (500, RecrayError, "the words"),
+        (503, RecrayError, "the words"),
+    ],
+)
+def test_refusals_are_one_line(door: Any, status: int, kind: type[RecrayError], match: str) -> None:
+    door.status = status
+    error = {"code": "c", "message": "the words", "where": "body.bundle"}
+    door.body = json.dumps({"request_id": "r", "error": error}).encode()
+    with pytest.raises(kind, match=match) as raised:
+        recray.ship("/b", url=door.url)
+    assert type(raised.value) is kind
+    assert "\n" not in str(raised.value)
+    door.body = b"<html>"
+    with pytest.raises(kind):
+        recray.rollback(url=door.url)
+
+
+def test_where_nobody_answers(capsys: pytest.CaptureFixture[str]) -> None:
+    for url in ("http://127.0.0.1:1", "ftp://x", "127.0.0.1:8000"):
+        assert main(["rollback", "--url", url]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    for share in ("0%", "100%", "-5%", "x", "5"):
+        assert main(["ship", "/b", "--canary", share]) == 2
+    assert client.share_of("5%") == client.share_of("0.05") == client.share_of(0.05) == 0.05
