@@ -49,7 +49,7 @@ TUNED: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> (recipe, changes)
     ),
     "bpr@lightgcn_gowalla": (
         "bpr",
-        ("options.dim=128", "options.epochs=60", "options.draws=4", "options.reg=0.02"),
+        ("options.dim=128", "options.epochs=60", "options.draws=8", "options.reg=0.02"),
     ),
     "two-tower@lightgcn_gowalla": (
         "two-tower",
