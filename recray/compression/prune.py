@@ -241,7 +241,7 @@ class _Watch:
 
     def _added(self, row: int) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def heard(module: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
-            self.held.append(("blocks", row, None, made - given[0], made))
+            self.held.append(("blocks", row, None, made - module.idle(given[0]), made))  # type: ignore[operator]
             self.held.append(("dim", row, None, made, made))
 
         return heard

@@ -72,6 +72,11 @@ class Block(nn.Module):
         q = asked.view(b, 1, self.heads, self.part).transpose(1, 2)
         return self._rest(x_BLD.gather(1, last_B1D), h_B1D, self._mixed(q, k, v, seen_B11L))
 
+    def idle(self, x_BLD: Tensor) -> Tensor:
+        """What the block makes of its input if it finds nothing."""
+        found: Tensor = self.norm_ffn(self.norm_attention(x_BLD)) if self.let_ffn is None else x_BLD
+        return found
+
     def _mixed(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
         """What each position that asks is told, [B, L, heads * head_dim]. q, k, v [B, heads, L, head_dim]."""
         if torch.compiler.is_exporting():  # a graph's own attention guards every step against empty rows

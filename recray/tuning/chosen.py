@@ -42,7 +42,7 @@ def told_trial(search: Artefact, name: str) -> dict[str, Any]:
 
 def _named(search: Artefact, name: str) -> dict[str, Any]:
     files = [file for file in search.manifest.files if file.startswith("trials/")]
-    every = [json.loads(search.file(file).read_bytes()) for file in files]
+    every = [{"hash": file[7:-5], **json.loads(search.file(file).read_bytes())} for file in files]
     trials = [one for one in every if name.isdecimal() and one["number"] == int(name)]
     trials = trials or [one for one in every if one["hash"].startswith(name)]
     if len(trials) != 1:
