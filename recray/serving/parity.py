@@ -3,6 +3,7 @@ is not far slower. Everything here raises InputError with one line that says wha
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from recray.serving.ingress import answered
 
 USERS = 8  # whose answers are looked at
 K = 20
-REPEATS = 5
+TRIES_S = 5.0  # how long a bundle may try to be quick enough: what else the machine does is not its fault
 KNOWN = 0.5  # share of the running catalogue that a new one must know
 NEAR = 1e-3  # how far a batch's scores may lie from those of one request alone
 SLOWER, SLACK_S = 3.0, 0.01  # a new bundle may take so many times as long, and a little more
@@ -44,12 +45,17 @@ def sound(bundle: Bundle, *, beside: Bundle | None = None) -> float:
         alone = bundle.answer(ask, bundle.recommender.recommend(**bundle.arguments(ask)))
         _check(bundle, ask, line.items, [item.score for item in alone.items])
     took = _seconds(bundle, asks)
-    if beside is not None:
-        usual = _seconds(beside, asked(beside))
-        if took > usual * SLOWER + SLACK_S:
+    if beside is None:
+        return took
+    usual, theirs, end = math.inf, asked(beside), time.perf_counter() + TRIES_S
+    while True:  # by turns, and the least of each counts
+        usual = min(usual, _seconds(beside, theirs))
+        if took <= usual * SLOWER + SLACK_S:
+            return took
+        if time.perf_counter() > end:
             words = f"takes {took * 1e3:.1f} ms for {len(asks)} requests, the running one {usual * 1e3:.1f}"
             raise InputError(words, where=bundle.generation)
-    return took
+        took = min(took, _seconds(bundle, asks))
 
 
 def asked(bundle: Front) -> list[Request]:
@@ -85,13 +91,9 @@ def _check(bundle: Bundle, ask: Request, items: Sequence[Mapping[str, Any]], alo
 
 
 def _seconds(bundle: Bundle, asks: Sequence[Request]) -> float:
-    """The least of a few tries: what else the machine does is not the bundle's fault."""
-    took = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        answered(bundle, asks)
-        took.append(time.perf_counter() - start)
-    return min(took)
+    start = time.perf_counter()
+    answered(bundle, asks)
+    return time.perf_counter() - start
 
 
 def _columns(front: Front) -> set[str]:
