@@ -45,11 +45,11 @@ TUNED: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> (recipe, changes)
     "spectral@lightgcn_gowalla": ("spectral", ("options.dim=512",)),
     "ials@lightgcn_gowalla": (
         "ials",
-        ("options.dim=256", "options.unobserved=0.02", "options.reg=0.01", "options.sweeps=16"),
+        ("options.dim=256", "options.unobserved=0.02", "options.reg=0.003", "options.sweeps=12"),
     ),
     "bpr@lightgcn_gowalla": (
         "bpr",
-        ("options.dim=128", "options.epochs=60", "options.draws=8", "options.reg=0.02"),
+        ("options.dim=128", "options.epochs=60", "options.draws=16", "options.reg=0.02"),
     ),
     "two-tower@lightgcn_gowalla": (
         "two-tower",
