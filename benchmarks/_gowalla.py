@@ -8,9 +8,9 @@ with test items; the items of train are left out of the lists. The floors are pu
 Settings were chosen on a validation split cut from train: a fifth of each user's items, recall of 2,000 users
 or more. There item-knn had .1706 with a = .5 and .2006 with a = .7 (100 neighbours: -.003, 500: +.005);
 spectral with 512 dims .2111 without sharpening, .2125 with .5 (both 200 neighbours), .2147 with 500, where
-GF-CF itself had .2077; bpr of 128 dims and reg .02, the hardest of 8 draws, .1878, of 16 .1948 (reg .05: .1785);
-ials of 128 dims .1427, .1657, .1772, .1801 with unobserved .1, .05, .02, .01, and with 256 and .02 .1936 (reg .003;
-.01: .1534); ease .3281, .3409, .3403 with reg 30, 100, 300 (the 6,000 most popular items alone).
+GF-CF itself had .2077; bpr of 128 dims and reg .02, the hardest of 8 draws, .1878, of 16 .1948 (reg .05:
+.1785); ials of 128 dims .1427, .1657, .1772, .1801 with unobserved .1, .05, .02, .01, and with 256 and .02
+.1936 (reg .003; .01: .1534); ease .3281, .3409, .3403 with reg 30, 100, 300 (the 6,000 most popular items).
 """
 
 from __future__ import annotations
