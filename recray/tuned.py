@@ -33,7 +33,10 @@ TUNED: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> (recipe, changes)
     "dcn@ml1m": ("dcn", ("train.batch_size=64",)),
     # Amazon Beauty in order: 12 k items, 9 a user
     "sasrec@s3rec_beauty": ("sasrec", ("train.batch_size=128", "options.dropout=0.4", "train.patience=4")),
-    "esasrec@s3rec_beauty": ("esasrec", ("train.batch_size=128", "options.dropout=0.5")),
+    "esasrec@s3rec_beauty": (
+        "esasrec",
+        ("train.batch_size=128", "options.dropout=0.4", "options.negatives=1024", "train.epochs=40"),
+    ),
     "mind@s3rec_beauty": ("mind", ("train.batch_size=128",)),
     "dcn@s3rec_beauty": ("dcn", ("train.batch_size=64",)),
     # Gowalla as LightGCN splits it: 41 k places, 27 a user, no order
