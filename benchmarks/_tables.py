@@ -58,7 +58,7 @@ def table_rows(quick: bool) -> Iterator[Row]:
         for kind in ("uniform", "zipf"):
             same_work(workers, kind)
         for kind in ("uniform", "zipf"):
-            speeds = measured(workers, kind, rounds=3 if quick else 9)
+            speeds = measured(workers, kind, rounds=3 if quick else 27)
             for ranks in (1, 2):
                 yield beside_peer(workers, speeds, kind, ranks)
             yield from scaling(speeds, kind)

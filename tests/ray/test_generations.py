@@ -6,7 +6,7 @@ import asyncio
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,18 @@ class Load:
 
     def wait(self, more: int = 40) -> None:
         """Until so many more have been answered."""
-        goal, deadline = len(self.answers) + more, time.monotonic() + 60
-        while len(self.answers) < goal and time.monotonic() < deadline:
+        goal = len(self.answers) + more
+        self._until(lambda: len(self.answers) >= goal)
+
+    def wait_for_all(self) -> int:
+        """Until every user has been answered once more; returns how many answers there were before."""
+        begun = len(self.answers)
+        self._until(lambda: {user for user, *_ in self.answers[begun:]} == set(USERS))
+        return begun
+
+    def _until(self, holds: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not holds() and time.monotonic() < deadline:
             time.sleep(0.02)
 
     async def _run(self) -> None:
@@ -160,8 +170,7 @@ def test_ships_and_rollbacks_under_load(url: str, bundles: list[Bundle], tmp_pat
         told = recray.ship(bundles[1], canary="50%", url=url, token=ADMIN)
         assert (told["generation"], told["next"], told["share"]) == (names[0], names[1], 0.5)
         load.wait(20)  # those that were under way are answered as they were stamped
-        begun = len(load.answers)
-        load.wait(120)
+        begun = load.wait_for_all()
         split = {(user, name) for user, name, _ in load.answers[begun:]}
         route = State(current=Generation(names[0], ""), next=Generation(names[1], ""), share=0.5)
         assert split == {(user, route.order(user)[0]) for user in USERS}
