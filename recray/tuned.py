@@ -58,7 +58,7 @@ TUNED: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> (recipe, changes)
         "two-tower",
         ("options.history=others", "options.pooling=mean", "options.negatives=2048", "train.lr=0.002"),
     ),
-    "ease@lightgcn_gowalla": ("ease", ("options.reg=100",)),
+    "ease@lightgcn_gowalla": ("ease", ("options.reg=100", "options.neighbours=400")),
     # frappe: labelled rows, nine contexts, no history
     "dlrm@frappe": (
         "dlrm",

@@ -43,10 +43,13 @@ class CrossNetwork(nn.Module):
         numbers_BCG: Tensor,
     ) -> Tensor:
         """Scores float32[B, C]."""
-        user_BUD, rest_BCRD = self.fields(history_BLD, mask_BL, context_BXD, items_BCID, numbers_BCG)
+        user_BUD, rest_BCRD, scale_BC1 = self.fields(
+            history_BLD, mask_BL, context_BXD, items_BCID, numbers_BCG
+        )
         rest_BCE = rest_BCRD.flatten(2)
         user_BCE = user_BUD.flatten(1).unsqueeze(1).expand(-1, rest_BCE.shape[1], -1)
-        x_BCE = first_BCE = torch.cat([user_BCE, rest_BCE], dim=2)
+        first_BCE = torch.cat([user_BCE, rest_BCE], dim=2)
+        x_BCE = first_BCE = first_BCE if scale_BC1 is None else first_BCE * scale_BC1
         for cross in self.crosses:
             x_BCE = first_BCE * cross(x_BCE) + x_BCE
         if self.parallel:

@@ -31,12 +31,13 @@ GROUPS = len(FORGET)
 class Pool(nn.Module):
     """Weighted sum of a history, by the age of its interactions, in G groups of dimensions."""
 
-    def __init__(self, dim: int, max_len: int) -> None:
+    def __init__(self, dim: int, max_len: int, *, fading: bool = True, empty: float = 1.0) -> None:
+        """fading: whether the age of an interaction says anything; without, all weigh the same."""
         super().__init__()
         self.max_len = max_len
-        fading = -np.outer(FORGET, np.arange(max_len)).astype(np.float32)
-        self.log_weights = nn.Parameter(torch.from_numpy(fading))  # [G, max_len]
-        self.empty = nn.Parameter(torch.ones(dim))  # so that an item's bias is learned fast
+        rates = -np.outer(FORGET, np.arange(max_len)).astype(np.float32) * fading
+        self.log_weights = nn.Parameter(torch.from_numpy(rates), requires_grad=fading)  # [G, max_len]
+        self.empty = nn.Parameter(torch.full((dim,), empty))  # of 1: an item's bias is learned fast
 
     def forward(self, x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         """x newest first, mask 1.0 where real -> [B, D]."""
@@ -58,6 +59,12 @@ class Pool(nn.Module):
         x_BGTd = x_BTD.reshape(b, length, GROUPS, dim // GROUPS).transpose(1, 2)
         summed_BGTd = weights_GTT @ x_BGTd / weights_GTT.sum(dim=2, keepdim=True).sqrt()
         return self.empty + summed_BGTd.transpose(1, 2).reshape(b, length, dim)
+
+    def others(self, x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+        """What `forward` gives, without fading, for all of a history but each one of it, [B, L, D]."""
+        x_BLD = x_BLD * mask_BL.unsqueeze(2)
+        left_B = mask_BL.sum(dim=1).sub(1).clamp(min=1)
+        return self.empty + (x_BLD.sum(dim=1, keepdim=True) - x_BLD) / left_B.sqrt().view(-1, 1, 1)
 
 
 class Attention(nn.Module):
@@ -89,16 +96,20 @@ class Attention(nn.Module):
 class Fields(nn.Module):
     """The vectors that are crossed: the user's U, and each candidate's R.
 
-    With `norm` each is brought to mean 0 and deviation 1 over its D floats (Ba et al. 2016), times a
-    factor that is learned for each: products of first vectors near 0 are then learned as soon as others.
+    Norm "each" brings each to mean 0 and deviation 1 over its D floats (Ba et al. 2016), times a factor
+    that is learned for each: products of first vectors near 0 are then learned as soon as others. Norm "pair"
+    brings all vectors of a user and a candidate to a root mean square of 1 together (Zhang & Sennrich 2019):
+    what a penalty has kept near zero then stays small beside the rest.
     """
 
     def __init__(self, c: FeatureRanker.Config, numbers: int, users: int, rest: int) -> None:
         super().__init__()
         self.norm = c.norm
-        if c.norm:
+        if c.norm == "each":
             self.of_user, self.of_rest = nn.Parameter(torch.ones(users, 1)), nn.Parameter(torch.ones(rest, 1))
-        self.pool, self.drop = Pool(c.dim, c.max_len), nn.Dropout(c.dropout)
+        # beside others it must not be so large that nothing else is seen after the common norm
+        self.pool = Pool(c.dim, c.max_len, empty=c.init if c.norm == "pair" else 1.0)
+        self.drop = nn.Dropout(c.dropout)
         self.attention = Attention(c.dim, c.heads, c.max_len) if c.history == "attention" else None
         self.bottom = None
         if numbers:
@@ -111,8 +122,9 @@ class Fields(nn.Module):
         context_BXD: Tensor,
         items_BCID: Tensor,
         numbers_BCG: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        """([B, U, D] contexts and the pooled history, [B, C, R, D] items, attended history, numbers)."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """([B, U, D] contexts and the pooled history, [B, C, R, D] items, attended history, numbers, and
+        [B, C, 1] what both are still to be multiplied with for each candidate, None for 1)."""
         history_BLD = history_BLD * self.drop(mask_BL.unsqueeze(2))  # whole items of it
         rest = [items_BCID]
         if self.attention is not None:
@@ -121,9 +133,13 @@ class Fields(nn.Module):
             rest.append(self.bottom(numbers_BCG).unsqueeze(2))
         pooled_B1D = self.pool(history_BLD, mask_BL).unsqueeze(1)
         user_BUD, rest_BCRD = torch.cat([context_BXD, pooled_B1D], dim=1), torch.cat(rest, dim=2)
-        if not self.norm:
-            return user_BUD, rest_BCRD
-        return _normal(user_BUD) * self.of_user, _normal(rest_BCRD) * self.of_rest
+        if self.norm == "each":
+            return _normal(user_BUD) * self.of_user, _normal(rest_BCRD) * self.of_rest, None
+        if self.norm == "off":
+            return user_BUD, rest_BCRD, None
+        squares_BC = user_BUD.square().sum((1, 2)).unsqueeze(1) + rest_BCRD.square().sum((2, 3))
+        floats = (user_BUD.shape[1] + rest_BCRD.shape[2]) * user_BUD.shape[2]
+        return user_BUD, rest_BCRD, (squares_BC / floats + 1e-12).rsqrt().unsqueeze(2)
 
 
 def _normal(x: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ newest first (k = 0, 1, ...), q the candidate's and G pooling groups of the dime
     score = <w, p_gmf * q_gmf> + MLP([p_mlp; q_mlp; context])
 
 `p_0` is what an empty history gets and lets `q_gmf` hold an item bias. Each branch has its own tables.
-In training a target sees only the interactions before it, never itself.
+In training a target sees only the interactions before it, never itself; where a log has no order that means
+anything, all `others` of the user's window but itself, and no forgetting is learned.
 
 Shapes: B users, L history items, C candidates, D dims, G groups, T positions of a sequence, S negatives.
 """
@@ -39,9 +40,11 @@ if TYPE_CHECKING:
 class Scorer(nn.Module):
     """The dense part of NeuMF: vectors of histories, candidates and context -> scores."""
 
-    def __init__(self, dim: int, context: int, hidden: tuple[int, ...], max_len: int) -> None:
+    def __init__(
+        self, dim: int, context: int, hidden: tuple[int, ...], max_len: int, *, fading: bool = True
+    ) -> None:
         super().__init__()
-        self.pool_gmf, self.pool_mlp = Pool(dim, max_len), Pool(dim, max_len)
+        self.pool_gmf, self.pool_mlp = (Pool(dim, max_len, fading=fading) for _ in range(2))
         self.gmf = nn.Parameter(torch.ones(dim))
         self.from_user = nn.Linear(dim + context, hidden[0])
         self.from_item = nn.Linear(dim, hidden[0], bias=False)
@@ -85,6 +88,7 @@ class NeuMF(TrainedRanker):
         dropout: float = 0.2  # of the pooled history; the pairs' hidden layers are too many to draw for
         loss: Literal["sampled", "bce", "bpr"] = "sampled"
         negatives: int = 256
+        history: Literal["before", "others"] = "before"  # what a target is told from in training
 
     config: NeuMF.Config
     network: Scorer
@@ -104,6 +108,7 @@ class NeuMF(TrainedRanker):
             config.context_dim * len(self.columns),
             config.hidden,
             config.max_len,
+            fading=config.history == "before",
         )
 
     def batches(
@@ -115,26 +120,40 @@ class NeuMF(TrainedRanker):
         )
 
     def lookups(self, batch: tuple[RankerBatch, NDArray[np.int64]]) -> dict[str, list[Tensor]]:
-        history = [torch.from_numpy(batch[0].inputs)]
+        history = [torch.from_numpy(self._read(batch[0]))]
         items = [torch.from_numpy(_own(batch[0])), torch.from_numpy(batch[0].negatives)]
         return {"history_gmf": history, "history_mlp": history, "item_gmf": items, "item_mlp": items}
 
     def loss(self, batch: tuple[RankerBatch, NDArray[np.int64]]) -> Tensor:
         sequence, context = batch
         device, net = self.device, self.network
-        inputs_BT = torch.from_numpy(sequence.inputs).to(device)
+        read_BL = torch.from_numpy(self._read(sequence)).to(device)
         own_PC = torch.from_numpy(_own(sequence)).to(device)
         shared_S = torch.from_numpy(sequence.negatives).to(device)
         real = torch.from_numpy(sequence.targets >= 0).to(device)
         with seeded(sequence.seed):
-            p_gmf_PD = self._drop(net.pool_gmf.prefixes(self.tables["history_gmf"](inputs_BT))[real])
-            p_mlp_PD = self._drop(net.pool_mlp.prefixes(self.tables["history_mlp"](inputs_BT))[real])
+            p_gmf_PD = self._pooled(net.pool_gmf, self.tables["history_gmf"](read_BL), read_BL, real)
+            p_mlp_PD = self._pooled(net.pool_mlp, self.tables["history_mlp"](read_BL), read_BL, real)
             p_mlp_PE = torch.cat([p_mlp_PD, self._context(torch.from_numpy(context).to(device)[real])], -1)
             gmf, mlp = self.tables["item_gmf"], self.tables["item_mlp"]
             own = net.pairs(p_gmf_PD, p_mlp_PE, gmf(own_PC), mlp(own_PC))
             shared = net.pairs(p_gmf_PD, p_mlp_PE, gmf(shared_S), mlp(shared_S))
         negatives = torch.cat([shared, own[:, 1:]], 1)
         return self.contrast(own[:, 0], negatives, sequence.log_q, sequence.weights, sequence.positions)
+
+    def _read(self, batch: RankerBatch) -> NDArray[np.int64]:
+        """The inputs, or all of the window, [B, L + 1]."""
+        if self.config.history == "before":
+            return batch.inputs
+        return np.concatenate([batch.inputs[:, :1], batch.targets], axis=1)
+
+    def _pooled(self, pool: Pool, x_BLD: Tensor, read_BL: Tensor, real_BT: Tensor) -> Tensor:
+        """What each real target is told from, [P, D]."""
+        if self.config.history == "before":
+            users_BTD = pool.prefixes(x_BLD)
+        else:
+            users_BTD = pool.others(x_BLD, (read_BL >= 0).to(x_BLD.dtype))[:, 1:]
+        return self._drop(users_BTD[real_BT])
 
     def inputs(
         self, histories: Histories, candidates: NDArray[np.int64], context: Context | None = None

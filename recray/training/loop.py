@@ -134,7 +134,7 @@ class _Run:
         self.tables = shard(
             model,
             make_wire(self.device),
-            RowOptimizer(train.table_optimizer, train.weight_decay),
+            RowOptimizer(train.table_optimizer, train.weight_decay, train.table_l2),
             ids_wire=make_wire(self.device),
             dtype=_DTYPES[train.table_dtype],
             wire_dtype=_DTYPES[train.wire],

@@ -140,7 +140,7 @@ def check(train: Train) -> None:
     """Raise ConfigError for a number that cannot be trained with."""
     least = {"epochs": 1, "batch_size": 1, "accumulate": 1, "candidates": 1}
     least |= dict.fromkeys(("warmup_steps", "patience", "threads", "seed", "valid_users", "save_steps"), 0)
-    least |= dict.fromkeys(("clip_norm", "weight_decay", "table_lr", "adversarial"), 0)
+    least |= dict.fromkeys(("clip_norm", "weight_decay", "table_lr", "table_l2", "adversarial"), 0)
     least |= {"teach_top": 1}
     for name, bound in least.items():
         if not getattr(train, name) >= bound:

@@ -20,18 +20,18 @@ SMALL: dict[str, Any] = {"dim": 8, "hidden": (12, 6), "max_len": 7}
 
 
 @pytest.mark.parametrize("structure", ["parallel", "stacked"])
-@pytest.mark.parametrize("rank", [0, 3])
-def test_the_score_is_the_papers(structure: str, rank: int) -> None:
-    model = build_model(
-        "dcn", CATALOGUE, {**SMALL, "structure": structure, "rank": rank, "crosses": 3}
-    ).eval()
+@pytest.mark.parametrize(("rank", "norm"), [(0, "each"), (3, "each"), (3, "pair")])
+def test_the_score_is_the_papers(structure: str, rank: int, norm: str) -> None:
+    options = {**SMALL, "structure": structure, "rank": rank, "norm": norm, "crosses": 3}
+    model = build_model("dcn", CATALOGUE, options).eval()
     net: Any = model.network
     candidates, context = np.array([[3, 9]]), {"day": np.int32([2])}
     scores = model.score(Histories.of([[1, 2]]), candidates, context)  # type: ignore[operator]
     with torch.no_grad():
-        user, rest = net.fields(*model.inputs(Histories.of([[1, 2]]), candidates, context))  # type: ignore[operator]
+        user, rest, _ = net.fields(*model.inputs(Histories.of([[1, 2]]), candidates, context))  # type: ignore[operator]
         for c in range(2):
-            first = x = torch.cat([user[0].flatten(), rest[0, c].flatten()])
+            first = torch.cat([user[0].flatten(), rest[0, c].flatten()])
+            x = first = first / first.square().mean().sqrt() if norm == "pair" else first
             for cross in net.crosses:
                 if rank:
                     assert cross[0].weight.shape == (rank, len(x))

@@ -31,23 +31,43 @@ def mixed(name: str, **changes: Any) -> Any:
     return made
 
 
-def test_the_score_is_the_top_of_all_dots() -> None:
-    model = mixed("dlrm", norm=False)
+@pytest.mark.parametrize("norm", ["off", "pair"])
+def test_the_score_is_the_top_of_all_dots(norm: str) -> None:
+    model = mixed("dlrm", norm=norm)
     net = model.network
     candidates = np.array([[3, 9]])
     inputs = model.inputs(Histories.of([[1, 2, 2]]), candidates, {"day": np.int32([2])})
     scores = model.score(Histories.of([[1, 2, 2]]), candidates, {"day": np.int32([2])})
     with torch.no_grad():
-        user, rest = net.fields(*inputs)
+        user, rest, scale = net.fields(*inputs)
+        assert (scale is None) == (norm == "off")
         assert (user.shape[1], rest.shape[2]) == model.widths == (3, 5)
         for c in range(2):
             u, r = user[0], rest[0, c]
             assert torch.allclose(r[-1], net.fields.bottom(inputs[4][0, c]))
+            if norm == "pair":
+                together = torch.cat([u, r]).square().mean().sqrt()
+                u, r = u / together, r / together
             mixed_dots = [r[i] @ u[j] for i in range(5) for j in range(3)]
             own_dots = [r[i] @ r[j] for i in range(5) for j in range(i)]
             users_dots = [u[i] @ u[j] for i in range(3) for j in range(i)]
             hidden = net.from_pair(torch.cat([torch.stack(mixed_dots + own_dots), r[-1]]))
             hidden = hidden + net.from_user(torch.stack(users_dots))
+            torch.testing.assert_close(net.top(hidden[None, None])[0, 0, 0], scores[0, c])
+
+
+@pytest.mark.parametrize("norm", ["off", "pair"])
+def test_the_score_is_the_top_of_the_vectors_where_none_are_multiplied(norm: str) -> None:
+    model = mixed("dlrm", norm=norm, interaction="cat")
+    net, candidates = model.network, np.array([[3, 9]])
+    asked = (Histories.of([[1, 2, 2]]), candidates, {"day": np.int32([2])})
+    scores = model.score(*asked)
+    with torch.no_grad():
+        user, rest, _ = net.fields(*model.inputs(*asked))
+        for c in range(2):
+            x = torch.cat([user[0], rest[0, c]])
+            x = x / x.square().mean().sqrt() if norm == "pair" else x
+            hidden = net.from_user(x[: user.shape[1]].flatten()) + net.from_pair(x[user.shape[1] :].flatten())
             torch.testing.assert_close(net.top(hidden[None, None])[0, 0, 0], scores[0, c])
 
 
@@ -59,9 +79,9 @@ def test_with_norm_no_vector_is_larger_than_another() -> None:
     assert net.fields.of_rest.shape == (5, 1)
     inputs = model.inputs(Histories.of([[1, 2, 2]]), np.array([[3, 9]]), {"day": np.int32([2])})
     with torch.no_grad():
-        user, rest = net.fields(*inputs)
+        user, rest, _ = net.fields(*inputs)
         net.fields.of_user[1] = 3.0
-        larger, _ = net.fields(*inputs)
+        larger, _, _ = net.fields(*inputs)
     for vectors in (user, rest):
         torch.testing.assert_close(vectors.mean(-1), torch.zeros(vectors.shape[:-1]), atol=1e-5, rtol=0)
         torch.testing.assert_close((vectors**2).mean(-1), torch.ones(vectors.shape[:-1]), atol=0.02, rtol=0)

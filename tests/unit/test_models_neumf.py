@@ -58,6 +58,25 @@ def test_training_pools_what_asking_pools() -> None:
             torch.testing.assert_close(pool(history, mask), prefixes[:, t])
 
 
+def test_without_an_order_all_others_are_pooled_as_asking_pools_them() -> None:
+    model = small(history="others")
+    pool, rows = model.network.pool_gmf, [4, 9, 2, 7, 5]
+    assert not pool.log_weights.requires_grad, "no age says anything"
+    with torch.inference_mode():
+        asked = torch.tensor([[*rows, -1]])
+        left = pool.others(model.tables["history_gmf"](asked), (asked >= 0).float())
+        for t in range(5):
+            given = Histories.of([rows[:t] + rows[t + 1 :]])
+            history, _, mask, *_ = model.inputs(given, np.zeros((1, 1), np.int64))
+            torch.testing.assert_close(pool(history, mask), left[:, t])
+    (batch, context), *_ = model.batches(
+        SmallData(23, Histories.of([[1, 2, 3]])), batch_size=4, epoch=0, seed=0, rank=0, world=1
+    )
+    model.loss((batch, context)).backward()
+    touched = model.tables["history_gmf"].weight.grad.abs().sum(1) > 0
+    assert touched.nonzero().squeeze(1).tolist() == [1, 2, 3]
+
+
 def test_a_target_is_not_in_its_own_history() -> None:
     model = small()
     (batch, _), *_ = model.batches(
