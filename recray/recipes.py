@@ -34,7 +34,7 @@ class Train:
     accumulate: int = 1  # batches an update: their mean is one step
     table_optimizer: Literal["adam", "adagrad", "sgd"] = "adam"  # adagrad: 4 bytes of state a row
     table_lr: float = 0.0  # 0 = lr
-    table_l2: float = 0.0  # penalty on the rows a step reads: half of it times their squares
+    table_l2: float = 0.0  # half of it times the squares of all rows is added to the loss; reads them all
     table_dtype: Literal["f32", "bf16"] = "f32"  # bf16 rounds stochastically
     wire: Literal["f32", "bf16"] = "f32"  # what rows and their gradients travel in between workers
     candidates: int = 100  # of a retriever, that a ranker is trained on and later asked about

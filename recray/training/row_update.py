@@ -8,8 +8,8 @@
 
 A row's own count of steps corrects its first moments: with the count of the whole run, a row that
 is first seen late would take a first step three times too large. Decoupled weight decay acts on the
-rows that are touched, and so does `l2`, whose gradient l2 * w is part of g: under adam it pulls the more at
-a row the less its data do, so that what is rarely seen stays near zero.
+rows that are touched. With `l2` every row is stepped on, and l2 * w is part of its gradient: under adam a row
+is pulled at the more the less its data do, so that what is rarely seen stays near zero.
 
 Shapes: n local rows, U touched rows, D dims.
 """
@@ -46,7 +46,7 @@ class RowOptimizer:
 
     kind: Literal["adam", "adagrad", "sgd"] = "adam"
     weight_decay: float = 0.0
-    l2: float = 0.0
+    l2: float = 0.0  # of `step_all`, which then is to be asked for every step
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
@@ -71,8 +71,8 @@ class RowOptimizer:
         `rows_UD` are those rows as they are, float32, where the caller has them: they are overwritten.
         """
         state = {name: _take(slot, touched) for name, slot in slots.items()}
+        rate_U1, direction_UD = self._direction(state, grad_UD, scale)
         rows_UD = _take(weight, touched).float() if rows_UD is None else rows_UD
-        rate_U1, direction_UD = self._direction(state, *self._pulled(grad_UD, rows_UD, scale))
         if self.weight_decay:
             rows_UD.mul_(1 - lr * self.weight_decay)
         rows_UD.addcmul_(direction_UD, rate_U1, value=-lr)
@@ -95,19 +95,14 @@ class RowOptimizer:
             part = slice(start, start + size)
             state = {name: slot[part] for name, slot in slots.items()}  # views: updated in place
             rows = weight[part].float() if weight.dtype != torch.float32 else weight[part]
-            rate, direction = self._direction(state, *self._pulled(grad_nD[part], rows, scale))
+            grad = grad_nD[part].mul(scale).add_(rows, alpha=self.l2) if self.l2 else grad_nD[part]
+            rate, direction = self._direction(state, grad, 1.0 if self.l2 else scale)
             if self.weight_decay:
                 rows.mul_(1 - lr * self.weight_decay)
             rows.addcmul_(direction, rate, value=-lr)
             if weight.dtype != torch.float32:
                 places = torch.arange(start, start + len(rows), device=weight.device)
                 weight[part] = rounded(rows, places, noise)
-
-    def _pulled(self, grad_UD: Tensor, rows_UD: Tensor, scale: float) -> tuple[Tensor, float]:
-        """The gradient with that of the penalty, and what it is still to be multiplied with."""
-        if not self.l2:
-            return grad_UD, scale
-        return (grad_UD * scale).add_(rows_UD, alpha=self.l2), 1.0
 
     def _direction(self, state: dict[str, Tensor], grad_UD: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """(float32[U, 1], float32[U, D]) whose product the rows move against; the state is updated."""

@@ -236,6 +236,8 @@ class ShardedTable(Table):
         """
         self.send_back()
         scale, noise = 1 / (self.wire.size * batches), Noise(number, self.start)
+        if self._whole is None and self.optimizer.l2:
+            self._whole = torch.zeros(*self.weight.shape, device=self.device)
         if self._whole is not None:
             for local, grad, _ in self._sent:
                 self._whole.index_add_(0, local, grad)
