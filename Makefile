@@ -41,9 +41,10 @@ check: install
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-## soak     what is too long for `make test`
+## soak     what is too long for `make test`: the long tests, and the reliability theme in full
 soak: install
 	$(BIN)/python -m pytest -m slow --timeout 3600 tests
+	$(BIN)/python -m benchmarks.reliability --json runs/reliability.json
 
 ## bench    every benchmark in its quick form, five minutes each at most
 bench: $(VENV)/.bench $(PEERS)/.installed

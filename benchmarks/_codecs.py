@@ -3,7 +3,8 @@
 The retriever is iALS on lightgcn_gowalla at the width that its recipe has, 256. What is lost is the mean over
 all test users of their NDCG@20 with the table as trained less that with the decoded one, as a share of the
 former; its bound is the upper end of the 95 % interval of that paired difference. Users are folded in from
-decoded rows, as a bundle does. Bytes are those of the stored arrays, codebooks included.
+decoded rows, as a bundle does. Bytes are those of the stored arrays, codebooks included. Codecs with `fit`
+choose their codes for the users of the training file; `seconds` is what encoding took.
 
 `RECRAY_BENCH` names a folder in which the models are kept from one run to the next.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from torch import Tensor
 
 from benchmarks._sets import lightgcn_gowalla, there
 from benchmarks.rows import Row, usable_cores
+from recray.compression.askers import Askers
 from recray.compression.codec import encode_table
 from recray.data.dataset import Dataset
 from recray.errors import ArtefactError
@@ -41,14 +44,16 @@ RECIPE = "ials@lightgcn_gowalla"
 METRIC = "ndcg@20"
 ALLOWED = 0.005  # of NDCG, by the bound
 CODECS = (
-    "f16",
+    "tiers:head=int4:fit=1,head_share=0.08,middle=pq:width=4+fit=2,middle_share=0.32,tail=pq:width=6+fit=2",
+    "tiers:head=int4:fit=1,head_share=0.05,middle=pq:width=3+fit=2,middle_share=0.24,tail=pq:width=6+fit=2",
+    "tiers:head=int4:fit=1,head_share=0.025,middle=pq:width=8+fit=2,middle_share=0.15,tail=pq:width=32+fit=2",
     "int8",
     "int4",
-    "low-rank:share=0.5,values=int8",
+    "int4:fit=1",
     "pq:width=4",
-    "tiers",
-    "tiers:head=int4,head_share=0.05,middle=pq:width=4,middle_share=0.15,tail=pq:width=7",
-    "tiers:head=int4,head_share=0.05,middle=pq:width=8,middle_share=0.15,tail=pq:width=32",
+    "pq:width=4,fit=2",
+    "low-rank:share=0.5,values=int8",
+    "sparse:share=0.25",
 )
 FEW = ("int8", "tiers")  # of --quick
 PARTS = 64  # of faiss's codes: as many bytes a row as 16 times less than 256 floats
@@ -58,12 +63,13 @@ QUICK_USERS = 3000
 
 @dataclass(frozen=True)
 class Asked:
-    """The model, what its users got from the table as trained, and how often each item was taken."""
+    """The model, what its users got from the table as trained, and who asks for which items how often."""
 
     data: Dataset
     model: Retriever
     vectors: Tensor  # float32[N, D]
     popularity: Tensor  # float32[N]
+    askers: Askers
     whole: Report
     users: int
 
@@ -97,8 +103,10 @@ def table_rows(quick: bool) -> Iterator[Row]:
         data = lightgcn_gowalla(Path(scratch) / "data")
         asked = ask(data, _model(data, folder, quick), QUICK_USERS if quick else len(data.cases("test")))
         for codec in FEW if quick else CODECS:
-            coded = encode_table(codec, asked.vectors, asked.popularity)
-            yield _row(asked, codec, coded.nbytes, asked.decoded(coded.dense()))
+            started = time.perf_counter()
+            coded = encode_table(codec, asked.vectors, asked.popularity, asked.askers)
+            took = time.perf_counter() - started
+            yield _row(asked, codec, coded.nbytes, asked.decoded(coded.dense()), took)
         found, size = faiss_pq(asked.vectors, PARTS)
         yield _row(asked, f"peer: faiss PQ{PARTS}", size, asked.decoded(found))
         for dim in () if quick else NARROWER:
@@ -108,9 +116,12 @@ def table_rows(quick: bool) -> Iterator[Row]:
 
 def ask(data: Dataset, model: Retriever, users: int) -> Asked:
     """Measure the model as it was trained."""
-    counts = np.bincount(data.histories("train").items, minlength=data.n_items)
-    nothing = Report({}, np.empty(0, np.int32))
-    made = Asked(data, model, model.item_vectors().detach(), torch.from_numpy(counts).float(), nothing, users)
+    known = data.histories("train")
+    counts = np.bincount(known.items, minlength=data.n_items)
+    parts = [model.encode(known.take(some))[:, 0] for some in np.array_split(np.arange(len(known)), 16)]
+    askers = Askers.of(torch.cat(parts), known.offsets, known.items, data.n_items)
+    nothing, vectors = Report({}, np.empty(0, np.int32)), model.item_vectors().detach()
+    made = Asked(data, model, vectors, torch.from_numpy(counts).float(), askers, nothing, users)
     return replace(made, whole=made.measured(model))
 
 
@@ -137,7 +148,7 @@ def _model(data: Dataset, folder: Path, quick: bool, dim: int = 256) -> Retrieve
     return model
 
 
-def _row(asked: Asked, name: str, size: int, report: Report) -> Row:
+def _row(asked: Asked, name: str, size: int, report: Report, took: float | None = None) -> Row:
     loss, bound = asked.lost(report)
     given = {
         "ndcg_loss": round(loss, 5),
@@ -148,6 +159,7 @@ def _row(asked: Asked, name: str, size: int, report: Report) -> Row:
         "users": len(report.user_rows),
         "recipe": RECIPE,
         "threads": usable_cores(),
+        **({} if took is None else {"seconds": round(took, 1)}),
     }
     return Row(
         name=name, work=WORK, metric="bytes", value=size, unit="bytes", peer="f32 table",

@@ -1,6 +1,7 @@
 """The servers of the serving theme, each kind in a process of its own (see `_process`):
 
 fast     Ray Serve by the profile fast: our graph fused and split, and a no-op behind the same ingress
+bounded  our graph, fused and split, with a deadline
 naive    three deployments as a tutorial has them, at Ray's defaults: every request makes both hops alone
 uvicorn  one process without Ray: the same door, batcher and models
 """
@@ -24,6 +25,7 @@ import torch
 
 from benchmarks._process import Answer, serve
 from benchmarks._serving_bundle import CANDIDATES, bodies
+from benchmarks._serving_overload import DEADLINE_MS
 from recray import connect
 from recray.bundles.bundle import Bundle, open_bundle
 from recray.data.sequences import Histories
@@ -176,14 +178,29 @@ def uvicorn(uri: str, replicas: int) -> Iterator[dict[str, str]]:
         thread.join(10)
 
 
-KINDS = {"fast": fast, "naive": naive, "uvicorn": uvicorn}
+@contextlib.contextmanager
+def bounded(uri: str, replicas: int) -> Iterator[dict[str, str]]:
+    """Layout -> URL as in `fast`, with a deadline."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(connect.session())
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        made: dict[str, str] = {}
+        for layout in ("fused", "split"):
+            more = f", deadline: {{default_ms: {DEADLINE_MS}}}"
+            config = str(_config(folder / f"{layout}.yaml", layout, replicas, more))
+            root = stack.enter_context(serving(uri, config=config, port=0, name=layout, profile="fast"))
+            made[layout] = root + PATH
+        yield made
 
 
-def _config(path: Path, layout: str, replicas: int) -> Path:
+KINDS = {"fast": fast, "bounded": bounded, "naive": naive, "uvicorn": uvicorn}
+
+
+def _config(path: Path, layout: str, replicas: int, more: str = "") -> Path:
     """A Serve config for a layout with a fixed number of replicas."""
     names = ["Ingress"] if layout == "fused" else ["Ingress", "Retriever", "Ranker"]
     lines = [f"  - {{name: {name}, num_replicas: {replicas}}}" for name in names]
-    head = f"applications:\n- args: {{layout: {layout}, access_log: false}}\n  deployments:\n"
+    head = f"applications:\n- args: {{layout: {layout}, access_log: false{more}}}\n  deployments:\n"
     path.write_text(head + "\n".join(lines) + "\n")
     return path
 

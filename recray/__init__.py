@@ -45,6 +45,7 @@ __all__ = [
     "show",
     "train",
     "tune",
+    "why",
 ]
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
         show,
         train,
         tune,
+        why,
     )
     from recray.domains import build
 

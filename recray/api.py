@@ -21,6 +21,7 @@ from recray.manifest import Artefact
 from recray.refitting import refit as refit
 from recray.serving.client import rollback as rollback
 from recray.serving.client import ship as ship
+from recray.serving.client import why as why
 
 if TYPE_CHECKING:
     from recray.bundles.bundle import Answer, Bundle
@@ -316,6 +317,7 @@ def serve(
     token_file: Where | None = None,
     address: str | None = None,
     profile: Literal["lite", "fast"] = "lite",
+    p99: str | None = None,
     state: str | None = None,
     feedback: str | None = None,
 ) -> None:
@@ -327,13 +329,12 @@ def serve(
         token, token_file: what clients must send as a bearer token; also `$RECRAY_TOKEN`.
         address: of a Ray cluster; by default $RAY_ADDRESS, else one is started for as long.
         profile: "fast" has Serve's throughput flags and HAProxy (Linux); Serve must not run already.
-        state: where users' events are kept, a folder of one machine or `redis://HOST:PORT/0`; by default a
-            folder that goes when the server stops. feedback: where they and all answers are logged for
-            `refit`; by default that folder.
+        p99: "50ms", for which all stages are sized together while the load changes; by default each alone.
+        state: of users' events, a folder of one machine or `redis://HOST:PORT/0`; by default while it runs.
+            feedback: where they and all answers are logged for `refit`; by default that folder.
 
     Raises:
-        InputError: the port is busy, or the host is open to others without a token.
-        ArtefactError: no bundle.
+        InputError: no bundle, the port is busy, or the host is open to others without a token.
 
     Example: `recray.serve("runs/bundle", port=8000)`
     """
@@ -345,7 +346,7 @@ def serve(
 
     run(
         where, config=given, host=host, port=port, token=found, address=address, profile=profile,
-        state=state, feedback=feedback)  # fmt: skip
+        p99=p99, state=state, feedback=feedback)  # fmt: skip
 
 
 def demo(out: Where = "demo-out", *, quick: bool = False) -> dict[str, Any]:
@@ -381,8 +382,7 @@ def show(artefact: Source | Bundle | Dataset, *, trial: str | None = None) -> di
         "path": str(found.place),
         **{key: told[key] for key in ("kind", "hash", "created", "recipe", "report")},
         "lineage": manifest.lineage(found),
-        "files": told["files"],
-        "versions": told["versions"],
+        **{key: told[key] for key in ("files", "versions")},
     }
 
 

@@ -176,8 +176,8 @@ def limits(
     p99: str, size: str, *, rps: float, cost_per_1k: float | None, price: Mapping[str, float] | None
 ) -> Limits:
     """What `compress` is asked for, in words, as numbers. Raises ConfigError for what cannot be read."""
+    from recray.money import Price
     from recray.tuning.compress import Limits
-    from recray.tuning.money import Price
 
     asked = Limits(
         p99=config.parse_duration(p99, what="p99"),

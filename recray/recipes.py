@@ -46,6 +46,8 @@ class Train:
     teach_weight: float = 0.5
     teach_top: int = 32  # items of an answer
     teach_temperature: float = 1.0
+    bits: int = 0  # the network learns to be rounded to so many (4: for an onnx-int4 graph); 0 = it does not
+    sparse: float = 0.0  # this share of the network's weights, the smallest, becomes zero and stays so
     track: str = ""  # where each epoch's numbers go: tensorboard, mlflow, wandb, or several with commas
 
 

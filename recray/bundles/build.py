@@ -21,6 +21,7 @@ from recray.bundles.filters import Filters
 from recray.bundles.plan import Plan
 from recray.bundles.stage import read_stage, write_stage
 from recray.columns import SPLITS
+from recray.compression.askers import Askers
 from recray.compression.graph import Inputs
 from recray.data.dataset import Dataset
 from recray.data.sequences import Histories, append
@@ -33,6 +34,8 @@ from recray.storage import Place
 
 SAMPLED = 64  # users by whom the range of a network's activations is measured
 CANDIDATES = 50  # of each, for a ranker
+ASKING = 50_000  # users for whom a table's codes are chosen
+_ENCODED = 1024  # of them at a time
 
 
 def build(
@@ -152,10 +155,34 @@ def _writer(
     def write(goal: Path) -> Mapping[str, Any]:
         wanted = torch.from_numpy(_popularity(dataset))
         return write_stage(
-            goal, model, what["codec"], what["graph"], weights=wanted, exported=exported, samples=samples
+            goal,
+            model,
+            what["codec"],
+            what["graph"],
+            weights=wanted,
+            askers=lambda: asking(model, dataset),
+            exported=exported,
+            samples=samples,
         )
 
     return write
+
+
+def asking(model: Model, dataset: Dataset, users: int = ASKING) -> Askers | None:
+    """Who asks a retriever for which items: some users of the train split, as it encodes them.
+
+    None for a model that has no item vectors, or several vectors a user.
+    """
+    if not isinstance(model, Retriever) or not model.has_vectors:
+        return None
+    known = dataset.histories("train")
+    there = np.flatnonzero(known.lengths)
+    some = known.take(np.sort(np.random.default_rng(0).permutation(there)[:users])).known()
+    starts = range(0, len(some), _ENCODED)
+    parts = [model.encode(some.take(np.arange(at, min(at + _ENCODED, len(some))))) for at in starts]
+    if not parts or parts[0].shape[1] != 1:
+        return None
+    return Askers.of(torch.cat(parts)[:, 0].cpu(), some.offsets, some.items, dataset.n_items)
 
 
 def sample_inputs(model: Any, dataset: Dataset, users: int = SAMPLED) -> list[Inputs]:

@@ -59,6 +59,7 @@ class Front:
     item_features: pa.Table | None  # row i = item row i
     context_values: Mapping[str, Sequence[str]]  # column -> values, row 0 = unknown
     filters: Filters = field(repr=False)
+    popularity: NDArray[np.float32] = field(repr=False)  # of the items that the models know
     changes: Changes | None = field(default=None, repr=False, kw_only=True)
 
     @property
@@ -286,9 +287,13 @@ class Bundle(Front):
         row = int(self.items.rows_of([_id("item", item)])[0])
         if row < 0:
             raise InputError(f"unknown item {item!r:.80}")
+        return self.reasons(self.request(user, history, context=context), row)
+
+    def reasons(self, asked: Request, row: int) -> Why:
+        """Why the item of a row has its score for a request."""
+        item = self.items.id_of(row)
         if row >= self.known:  # nothing was learned of it yet
             return Why(item, 0.0, 0.0, False, [], self.generation)
-        asked = self.request(user, history, context=context)
         history_1, barred = Histories.of([asked.history]), Histories.of([asked.exclude])
         found = self.recommender.why(history_1, row, barred, self.context(asked))
         known = self.items.ids_of(found.rows) if found.kind == "history" else [""] * len(found.rows)
@@ -351,7 +356,7 @@ def _read(artefact: Artefact, folder: Path, threads: int | None) -> Bundle:
         read_index(folder / "index", retriever, front.plan),
         ranker,
         front.plan.candidates,
-        popularity=np.load(folder / "popularity.npy", allow_pickle=False),
+        popularity=front.popularity,
         blend=front.plan.blend,
     )
     return Bundle(
@@ -371,6 +376,7 @@ def _front(artefact: Artefact, folder: Path) -> Front:
         item_features=features,
         context_values=json.loads((folder / "context.json").read_bytes()),
         filters=Filters(features, len(items)),
+        popularity=np.load(folder / "popularity.npy", allow_pickle=False),
     )
 
 

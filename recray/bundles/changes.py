@@ -8,7 +8,6 @@ other. The next training takes new items from the log and needs no changes.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
 
     Some = TypeVar("Some", bound=Front)
 
+LARGEST = float(np.finfo(np.float32).max)  # of a vector's numbers
 ADD = 'write {"item": id, "vector": [numbers] or "like": [item ids], "features": {"column": value}}'
 
 
@@ -154,7 +154,7 @@ def _mean(bundle: Bundle, like: Any) -> Sequence[float]:
 def _numbers(given: Any, dim: int) -> Sequence[float]:
     numbers = given if isinstance(given, (list, tuple, np.ndarray)) else []
     sound = all(
-        isinstance(x, (int, float, np.number)) and not isinstance(x, bool) and math.isfinite(x)
+        isinstance(x, (int, float, np.number)) and not isinstance(x, bool) and abs(float(x)) <= LARGEST
         for x in numbers
     )
     if len(numbers) != dim or not sound:
@@ -173,7 +173,7 @@ def _extended(features: pa.Table | None, n: int, added: Sequence[Added]) -> pa.T
         told = [one.features.get(name) for one in added]
         try:
             new = pa.array(told, kind)
-        except (pa.ArrowException, TypeError, ValueError):
+        except (pa.ArrowException, TypeError, ValueError, OverflowError):
             raise InputError(f"feature {name!r} wants {kind}, not {told!r:.80}") from None
         plain = old.cast(kind) if pa.types.is_dictionary(old.type) else old
         columns[name] = pa.chunked_array([*plain.chunks, new], kind)

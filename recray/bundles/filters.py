@@ -169,7 +169,7 @@ class Filters:
             if pa.types.is_string(kind) or pa.types.is_large_string(kind):
                 return pa.array([str(v) for v in values], kind)
             return pa.array([pa.scalar(v).cast(kind).as_py() for v in values], kind)
-        except (pa.ArrowException, TypeError, ValueError):
+        except (pa.ArrowException, TypeError, ValueError, OverflowError):
             raise InputError(f"filter on {column!r} wants {kind}, not {values!r:.80}") from None
 
 

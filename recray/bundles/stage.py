@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from recray import config
 from recray.bundles.plan import Codecs, Graph, codec_of
-from recray.compression.codec import CodedTable, encode_table
+from recray.compression.askers import Askers
+from recray.compression.codec import CodedTable, codec_named, encode_table
 from recray.compression.graph import (
     GraphError,
     Inputs,
@@ -30,6 +30,7 @@ from recray.compression.graph import (
     parity,
     quantize_dynamic,
 )
+from recray.compression.magnitude import load_sparse, save_sparse
 from recray.compression.quantize import quantize_static, quantize_weights
 from recray.data.sequences import Histories
 from recray.errors import ArtefactError
@@ -53,12 +54,14 @@ def write_stage(
     graph: Graph,
     *,
     weights: Tensor | None = None,
+    askers: Callable[[], Askers | None] | None = None,
     exported: Path | None = None,
     samples: Samples | None = None,
 ) -> dict[str, float]:
     """Write a model with its tables encoded and its network as asked; the model is left as it was.
 
     weights: how often each item is wanted, float32[N], for the tables of items.
+    askers: gives who asks for them, for a table of items that is coded with `fit`.
     exported: where the network's graph lies or is to be kept, since exporting takes seconds. samples: gives
     what the network eats for real users, where it is wanted; by default random rows.
     Returns what was measured: `parity`, the greatest difference of the graph's output from the
@@ -68,7 +71,12 @@ def write_stage(
     for name, table in model.tables.items():
         assert isinstance(table, Table)
         wanted = weights if weights is not None and table.num_rows == len(weights) else None
-        coded = encode_table(codec_of(codec, name), table.dense(), wanted)
+        how, asking = codec_named(codec_of(codec, name)), None
+        if how.fits and wanted is not None and askers is not None:
+            asking = askers()
+        if asking is not None and asking.dim != table.dim:
+            asking = None
+        coded = encode_table(how, table.dense(), wanted, asking)
         coded.save(folder / "tables" / f"{name}.safetensors")
     measured: dict[str, float] = {}
     gone = ["tables."]
@@ -80,7 +88,7 @@ def write_stage(
         for name, value in model.state_dict().items()
         if not name.startswith(tuple(gone))
     }
-    save_file(rest, folder / "weights.safetensors")
+    save_sparse(rest, folder / "weights.safetensors")
     about = {
         "model": model.name,
         "options": config.as_dict(model.config),
@@ -157,7 +165,7 @@ def read_stage(folder: Path, *, threads: int | None = None) -> Model:
         tables = {
             name: CodedTable.load(folder / "tables" / f"{name}.safetensors") for name in about["tables"]
         }
-        state = load_file(folder / "weights.safetensors")
+        state = load_sparse(folder / "weights.safetensors")
 
         def make() -> Model:
             return build_model(about["model"], catalogue, about["options"])

@@ -15,7 +15,7 @@ from recray.cli.text import to_json
 
 VERBS = [
     *("demo", "build", "prepare", "plan", "train", "evaluate", "tune", "compress", "bundle", "recommend"),
-    *("serve", "ship", "rollback", "refit", "show", "doctor"),
+    *("serve", "ship", "rollback", "why", "refit", "show", "doctor"),
 ]
 ABOUT = "From an interaction log to a recommender that answers inside a latency budget, on Ray."
 

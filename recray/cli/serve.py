@@ -19,6 +19,7 @@ def options(parser: ArgumentParser) -> None:
         default="lite",
         help="fast: Serve's throughput flags, behind HAProxy (default lite)",
     )
+    parser.add_argument("--p99", metavar="50ms", help="size all stages together so that 99 of 100 keep it")
     parser.add_argument("--host", default="127.0.0.1", help="default 127.0.0.1; another host needs a token")
     parser.add_argument("--port", type=int, default=8000, help="default 8000")
     parser.add_argument(
@@ -41,6 +42,7 @@ def run(given: Namespace) -> Output:
         token_file=given.token_file,
         address=given.address,
         profile=given.profile,
+        p99=given.p99,
         state=given.state,
         feedback=given.feedback,
     )

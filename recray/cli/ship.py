@@ -12,7 +12,8 @@ EXAMPLE = "recray ship runs/bundle-2 --canary 5%"
 
 def options(parser: ArgumentParser) -> None:
     """Declare the verb's options."""
-    parser.add_argument("bundle", metavar="BUNDLE", help="path or URI, as the server's machines reach it")
+    what = "path or URI, as the server's machines reach it; or ITEMS.json: items to withdraw, restore or add"
+    parser.add_argument("bundle", metavar="BUNDLE", help=what)
     share = "of the users who get it at first; without: all, also of a bundle on canary"
     parser.add_argument("--canary", metavar="5%", help=share)
     parser.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (default %(default)s)")

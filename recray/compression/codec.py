@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from recray import config
+from recray.compression.askers import Askers
 from recray.errors import ArtefactError, InputError
 from recray.models.embeddings import Table
 
@@ -30,6 +31,7 @@ CODECS = {  # name -> module:class, imported when asked for
     "int4": "recray.compression.int4:Int4",
     "pq": "recray.compression.pq:PQ",
     "low-rank": "recray.compression.low_rank:LowRank",
+    "sparse": "recray.compression.sparse:Sparse",
     "tiers": "recray.compression.tiers:Tiers",
 }
 
@@ -63,6 +65,18 @@ class Codec(ABC):
 
         weights_N: how often each row is wanted, float32[N] >= 0; None where nobody knows.
         """
+
+    @property
+    def fits(self) -> bool:
+        """Whether `refine` does anything."""
+        return bool(getattr(self.params, "fit", 0))
+
+    def refine(self, arrays: Arrays, table_ND: Tensor, askers: Askers) -> dict[str, Tensor]:
+        """Arrays of the same sizes whose rows score better for those who ask; by default the same.
+
+        Of a codec whose parameter `fit` is above 0: so many times each code is chosen anew (`askers.py`).
+        """
+        return dict(arrays)
 
     @abstractmethod
     def decode(self, arrays: Arrays, rows_R: Tensor | None, dim: int) -> Tensor:
@@ -149,9 +163,12 @@ class CodedTable(Table):
         return made
 
 
-def encode_table(codec: str | Codec, table_ND: Tensor, weights_N: Tensor | None = None) -> CodedTable:
+def encode_table(
+    codec: str | Codec, table_ND: Tensor, weights_N: Tensor | None = None, askers: Askers | None = None
+) -> CodedTable:
     """Encode float32[N, D]; `weights_N` float32[N] >= 0 says how often each row is wanted.
 
+    askers: who asks for these N rows, for codecs with `fit`; without them nothing is fitted.
     A value that is not finite or too large for the codec raises InputError.
     """
     made = codec_named(codec) if isinstance(codec, str) else codec
@@ -169,7 +186,12 @@ def encode_table(codec: str | Codec, table_ND: Tensor, weights_N: Tensor | None 
             raise InputError(
                 f"a table value of {peak:.3g} is too large for {made.name}", fix="choose another codec"
             )
-    return CodedTable(made, made.encode(table_ND, weights_N), *table_ND.shape)
+    arrays = made.encode(table_ND, weights_N)
+    if askers is not None and made.fits and table_ND.numel():
+        if (len(askers), askers.dim) != tuple(table_ND.shape):
+            raise ValueError(f"{len(askers)} rows of {askers.dim} are asked for, not {tuple(table_ND.shape)}")
+        arrays = made.refine(arrays, table_ND, askers)
+    return CodedTable(made, arrays, *table_ND.shape)
 
 
 def picked(array: Tensor, rows_R: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from recray.compression.askers import Askers
 from recray.compression.codec import Arrays, Codec, CodecParams, codec_named
 from recray.errors import ConfigError
 
@@ -48,6 +49,16 @@ class LowRank(Codec):
         axes_Dr = self._axes(table_ND, weights_N)
         found = self.inner.encode((table_ND @ axes_Dr.float()).contiguous(), weights_N)
         return {"axes": axes_Dr, **{f"along_{name}": array for name, array in found.items()}}
+
+    @property
+    def fits(self) -> bool:
+        return self.inner.fits
+
+    def refine(self, arrays: Arrays, table_ND: Tensor, askers: Askers) -> dict[str, Tensor]:
+        axes_Dr = arrays["axes"].float()
+        held = {name.removeprefix("along_"): a for name, a in arrays.items() if name != "axes"}
+        found = self.inner.refine(held, (table_ND @ axes_Dr).contiguous(), askers.along(axes_Dr))
+        return {"axes": arrays["axes"], **{f"along_{name}": array for name, array in found.items()}}
 
     def _axes(self, table_ND: Tensor, weights_N: Tensor | None = None) -> Tensor:
         """float16[D, r], orthonormal up to their rounding."""

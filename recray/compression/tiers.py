@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from recray.compression.askers import Askers
 from recray.compression.codec import Arrays, Codec, CodecParams, codec_named
 from recray.errors import ConfigError
 
@@ -64,6 +65,22 @@ class Tiers(Codec):
             made |= {f"{tier}_{name}": array for name, array in found.items()}
             if tier != "tail":
                 made[f"{tier}_rows"] = rows.int()
+        return made
+
+    @property
+    def fits(self) -> bool:
+        return any(codec.fits for codec in self.codecs.values())
+
+    def refine(self, arrays: Arrays, table_ND: Tensor, askers: Askers) -> dict[str, Tensor]:
+        made, tail_N = dict(arrays), torch.ones(len(table_ND), dtype=torch.bool)
+        for tier in TIERS:
+            rows = tail_N.nonzero()[:, 0] if tier == "tail" else arrays[f"{tier}_rows"].long()
+            tail_N[rows] = False
+            if len(rows) and self.codecs[tier].fits:
+                held, table_TD = _part(arrays, tier), table_ND[rows].contiguous()
+                held.pop("rows", None)
+                found = self.codecs[tier].refine(held, table_TD, askers.take(rows))
+                made |= {f"{tier}_{name}": array for name, array in found.items()}
         return made
 
     def _tiers(self, table_ND: Tensor, weights_N: Tensor | None = None) -> dict[str, Tensor]:

@@ -80,6 +80,13 @@ class SegmentLog:
                 self._finish()  # what comes next must not continue half a line
                 raise
 
+    def tidy(self) -> None:
+        """Delete what is too old also while nothing is written. Raises OSError."""
+        with self._lock:
+            if self._file >= 0 and self._full(0):
+                self._finish()
+            self._tidy()
+
     def close(self) -> None:
         """Finish the segment that is open."""
         with self._lock:
@@ -151,6 +158,28 @@ def read(folder: str | os.PathLike[str], name: str) -> Iterator[dict[str, Any]]:
             if not isinstance(made, dict):
                 raise InputError("is no JSON object", where=f"{where / stem}.jsonl:{number}")
             yield made
+
+
+def find(folder: str | os.PathLike[str], name: str, part: bytes, most: int = 1) -> list[dict[str, Any]]:
+    """The newest whole lines of a log that hold `part` (quotes of a value are escaped in JSON, so a part with
+    quotes of its own is a name and the beginning of its value), newest first."""
+    found: list[dict[str, Any]] = []
+    where = Path(folder)
+    stems = {path.name.removeprefix(".").rpartition(".")[0] for path in where.glob(f"{name}-*.jsonl")}
+    stems |= {path.name.removeprefix(".").rpartition(".")[0] for path in where.glob(f".{name}-*.open")}
+    for stem in sorted(stems, reverse=True):
+        for path in (where / f".{stem}.open", where / f"{stem}.jsonl"):  # renamed meanwhile, or deleted
+            with contextlib.suppress(FileNotFoundError):
+                data = path.read_bytes()
+                end = data.rfind(b"\n")
+                while len(found) < most and (at := data.rfind(part, 0, max(0, end))) >= 0:
+                    start = data.rfind(b"\n", 0, at) + 1
+                    found.append(orjson.loads(data[start : data.index(b"\n", at)]))
+                    end = start
+                break
+        if len(found) >= most:
+            break
+    return found
 
 
 def _finished(file: int, path: Path) -> None:

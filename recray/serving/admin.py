@@ -1,4 +1,4 @@
-"""The admin's door: POST /admin/ship and /admin/rollback, GET /admin/generations.
+"""The admin's door: POST /admin/ship, /admin/rollback and /admin/items, GET /admin/generations.
 
 Where an admin token is set, it opens them. Where no token is set at all, whoever names this machine by a
 loopback address may come in, with a body that says it is JSON: a page of another site cannot send that.
@@ -7,7 +7,7 @@ loopback address may come in, with a body that says it is JSON: a page of anothe
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from recray.serving import auth
+from recray.serving.items import ItemsRequest, parse_items
 from recray.serving.schema import ApiError
 
 PREFIX = "/admin/"
@@ -28,10 +29,12 @@ class Admin(Protocol):
 
     async def rollback(self) -> dict[str, Any]: ...
 
+    async def items(self, asked: ItemsRequest) -> dict[str, Any]: ...
+
     async def generations(self) -> dict[str, Any]: ...
 
-    def clicked(self, user: str, answers: int) -> None:
-        """Count answers that a user acted upon."""
+    def clicked(self, user: str, events: Sequence[tuple[str | None, str | None]]) -> None:
+        """Count a user's events, as (id of the answer that showed the item, kind), and those answers."""
         ...
 
 
@@ -94,7 +97,7 @@ def routes(
     read: Callable[[Request], Awaitable[object]],
     told: Callable[[dict[str, Any]], Response],
 ) -> list[Route]:
-    """The three routes. read: the decoded body of a request; told: a JSON answer."""
+    """The routes. read: the decoded body of a request; told: a JSON answer."""
 
     async def ship(request: Request) -> Response:
         ask = parse_ship(await read(request))
@@ -103,12 +106,16 @@ def routes(
     async def rollback(request: Request) -> Response:
         return told(await _whole(admin.rollback()))
 
+    async def items(request: Request) -> Response:
+        return told(await _whole(admin.items(parse_items(await read(request)))))
+
     async def generations(request: Request) -> Response:
         return told(await admin.generations())
 
     return [
         Route(f"{PREFIX}ship", ship, methods=["POST"]),
         Route(f"{PREFIX}rollback", rollback, methods=["POST"]),
+        Route(f"{PREFIX}items", items, methods=["POST"]),
         Route(f"{PREFIX}generations", generations, methods=["GET"]),
     ]
 
@@ -134,7 +141,7 @@ def parse_ship(body: object) -> ShipRequest:
 def document(described: dict[str, Any]) -> None:
     """Add these routes and their models to an OpenAPI document."""
     schemas = described["components"]["schemas"]
-    for model in (ShipRequest, Generations):
+    for model in (ShipRequest, ItemsRequest, Generations):
         made = model.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas.update(made.pop("$defs", {}))
         schemas[model.__name__] = made
@@ -143,6 +150,9 @@ def document(described: dict[str, Any]) -> None:
     ship = _operation("ship", "Load a bundle beside the running one, look at it, then flip", 409, 422)
     paths = described["paths"]
     paths[f"{PREFIX}ship"] = {"post": {**ship, "requestBody": body}}
+    items = _operation("items", "Withdraw items at once, restore them, or add new ones", 409, 422)
+    body = {"required": True, "content": _content("ItemsRequest")}
+    paths[f"{PREFIX}items"] = {"post": {**items, "requestBody": body}}
     words = "Back to the generation before, or without the canary"
     paths[f"{PREFIX}rollback"] = {"post": _operation("rollback", words, 409)}
     paths[f"{PREFIX}generations"] = {"get": _operation("generations", "Who answers now")}
@@ -153,7 +163,7 @@ _MEANING = {
     403: "no admin token is set, and the client is not on this machine",
     409: "not now: another step is under way, or there is nothing to go back to",
     415: "the body does not say that it is JSON",
-    422: "the bundle is refused, or a field cannot be; the running generation is unharmed",
+    422: "the bundle or the items are refused, or a field cannot be; the running generation is unharmed",
     503: "not every replica answers now; try again",
 }
 

@@ -53,6 +53,14 @@ def digest(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
+def found_digest(given: str | None, file: str | None, *, env: str = TOKEN_ENV) -> str | None:
+    """A digest as it was given, else of the token that `find_token` finds, if any. Raises InputError."""
+    if given is not None:
+        return given
+    token = find_token(token_file=file, env=env)
+    return None if token is None else digest(token)
+
+
 def check_exposure(host: str, token_digest: str | None) -> None:
     """Refuse to listen beyond loopback without a token. Raises InputError."""
     if token_digest is None and not is_loopback(host):

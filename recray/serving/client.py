@@ -1,10 +1,11 @@
-"""Asking a running server for a step: `ship` and `rollback`, the verbs, over HTTP."""
+"""Asking a running server over HTTP: `ship`, `rollback` and `why`, the verbs."""
 
 from __future__ import annotations
 
 import json
 import os
 import urllib.error
+import urllib.parse
 import urllib.request
 from typing import Any
 
@@ -29,7 +30,9 @@ def ship(
     Every replica loads it beside what answers now and looks at its answers before the first user gets one.
 
     Args:
-        bundle: an opened one, or its path or URI as the server's machines reach it.
+        bundle: an opened one, or its path or URI as the server's machines reach it; or a file of other items
+            for the bundle that runs, `{"withdraw": [ids], "restore": [ids], "add": [{"item": id, "like":
+            [ids]}]}` with a name that ends in `.json`.
         canary: "5%", the share of the users who get it at first, the same ones each time; it is rolled back
             by itself when their errors or p99 leave their band. The same bundle without it: all users.
         url: where the server listens.
@@ -45,6 +48,8 @@ def ship(
     """
     artefact = getattr(bundle, "artefact", bundle)  # of an opened bundle
     where = str(getattr(artefact, "place", artefact))
+    if where.endswith(".json"):
+        return _asked(url, "items", _items(where, canary), token, token_file)
     if "://" not in where or where.startswith("file://"):
         where = place(where).uri  # the server's folder is another
     body: dict[str, Any] = {"bundle": where}
@@ -75,6 +80,47 @@ def rollback(
     return _asked(url, "rollback", {}, token, token_file)
 
 
+def _items(path: str, canary: object) -> dict[str, Any]:
+    """The body of a file of items. Raises InputError for what is none."""
+    if canary is not None:
+        raise InputError("items change for all users", where=path, fix="leave --canary out")
+    try:
+        made = json.loads(place(path).read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"is no JSON file ({error})", where=path) from None
+    if not isinstance(made, dict):
+        raise InputError("is no JSON object", where=path, fix='write {"withdraw": ["id"]}')
+    return made
+
+
+def why(
+    request_id: str,
+    *,
+    k: int = 10,
+    url: str = URL,
+    token: str | None = None,
+    token_file: str | os.PathLike[str] | None = None,
+) -> dict[str, Any]:
+    """An answer that a running server kept (`answers:` in its file), made again, and why its items are in it.
+
+    Args:
+        request_id: of the answer. k: how many of its items are explained, at most 20.
+        url: where the server listens.
+        token, token_file: the user's; also `$RECRAY_TOKEN`.
+
+    Returns: what was asked, `answered` as it was sent, the same `again`, whether they are equal, `reasons`.
+
+    Raises:
+        InputError: no such answer is kept, its bundle is gone, or the token.
+        RecrayError: the server cannot do it now.
+
+    Example: `recray.why("3f2b8c1d")["answered"]["items"]`
+    """
+    found = auth.find_token(token, None if token_file is None else os.fspath(token_file))
+    where = f"v1/why/{urllib.parse.quote(request_id, safe='')}?k={k}"
+    return _answer(url, where, None, found, f"give the token with --token-file or ${auth.TOKEN_ENV}")
+
+
 def share_of(text: str | float) -> float:
     """ "5%" or 0.05 as a number between 0 and 1. Raises InputError."""
     try:
@@ -90,13 +136,19 @@ def _asked(
     url: str, step: str, body: dict[str, Any], token: str | None, token_file: str | os.PathLike[str] | None
 ) -> dict[str, Any]:
     found = auth.find_token(token, None if token_file is None else os.fspath(token_file), env=auth.ADMIN_ENV)
+    fix = f"give the admin's token with --token-file or ${auth.ADMIN_ENV}"
+    return _answer(url, f"admin/{step}", body, found, fix)
+
+
+def _answer(url: str, path: str, body: dict[str, Any] | None, found: str | None, fix: str) -> dict[str, Any]:
+    """The answer to a POST, or without a body to a GET; fix: where the token is wrong."""
     if not url.startswith(("http://", "https://")):
         raise InputError("is not a server's address", where=url, fix=f"write it as {URL}")
     headers = {"content-type": "application/json"}
     if found is not None:
         headers["authorization"] = f"Bearer {found}"
     asked = urllib.request.Request(
-        f"{url.rstrip('/')}/admin/{step}", json.dumps(body).encode(), headers, method="POST"
+        f"{url.rstrip('/')}/{path}", None if body is None else json.dumps(body).encode(), headers
     )
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the token goes to nobody else
     try:
@@ -104,7 +156,7 @@ def _asked(
             told: dict[str, Any] = json.loads(answer.read())
             return told
     except urllib.error.HTTPError as error:
-        raise _error(error, url) from None
+        raise _error(error, url, fix) from None
     except (OSError, ValueError) as error:
         why = getattr(error, "reason", error)
         raise InputError(
@@ -114,14 +166,13 @@ def _asked(
         ) from None
 
 
-def _error(error: urllib.error.HTTPError, url: str) -> RecrayError:
+def _error(error: urllib.error.HTTPError, url: str, fix: str) -> RecrayError:
     try:
         told = json.loads(error.read())["error"]
         words, where = str(told["message"]), told.get("where") or url
     except (ValueError, LookupError, TypeError, OSError):
         words, where = f"answered {error.code} {error.reason}", url
     if error.code in (401, 403):
-        fix = f"give the admin's token with --token-file or ${auth.ADMIN_ENV}"
         return InputError(words, where=url, fix=fix)
     kind = InputError if error.code < 500 else RecrayError
     return kind(words, where=None if where == "body.bundle" else where)

@@ -21,10 +21,21 @@ LOAD_S = 900.0  # after so long a generation that is still loading no longer sta
 
 @dataclass(frozen=True)
 class Generation:
-    """One bundle: its name (the first 12 letters of its hash) and where replicas find it."""
+    """One bundle: its name (the first 12 letters of its hash, and what changed since; see `items`) and where
+    replicas find it."""
 
     name: str
     uri: str
+
+    @property
+    def bundle(self) -> str:
+        """The name without what changed since."""
+        return self.name.partition("+")[0]
+
+    @property
+    def changed(self) -> bool:
+        """Whether items were added or withdrawn since it was built."""
+        return "+" in self.name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +81,14 @@ class State:
         assert self.next is not None
         return self._step(
             current=self.next, previous=self.current, next=None, share=0.0, why=f"shipped {self.next.name}"
+        )
+
+    def change(self, before: Generation | None) -> State:
+        """Make the next one, which is the current with other items, the current; `before` stays the one to
+        roll back to."""
+        assert self.next is not None
+        return self._step(
+            current=self.next, previous=before, next=None, share=0.0, why=f"items changed: {self.next.name}"
         )
 
     def drop(self, why: str) -> State:

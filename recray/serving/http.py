@@ -22,9 +22,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from recray import __version__
 from recray.errors import InputError
-from recray.serving import admin, auth, schema
+from recray.serving import admin, admission, answers, auth, schema
+from recray.serving.admission import Door
 from recray.serving.docs import page
 from recray.serving.schema import ApiError
+from recray.serving.seen import Seen
 from recray.serving.state import UserState
 
 access = logging.getLogger("recray.access")
@@ -32,7 +34,6 @@ log = logging.getLogger("recray.serving")
 
 RECOMMEND = "/v1/recommend"
 _ASKED = re.compile(r"/v1/")  # what needs the token; health and documentation hold no data
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 @dataclass
@@ -43,6 +44,7 @@ class Reply:
     generation: str
     degraded: list[str] = field(default_factory=list)
     timing_ms: dict[str, float] = field(default_factory=dict)
+    batch: tuple[float, int, int] = (0.0, 0, 0)  # when it began, the place in it, and how many; see `Line`
 
 
 class Answerer(Protocol):
@@ -64,12 +66,18 @@ def build_asgi(
     users: UserState | None = None,
     admin_digest: str | None = None,
     steps: admin.Admin | None = None,
+    seen: Seen | None = None,
+    door: Door | None = None,
 ) -> ASGIApp:
     """The application; with a digest, /v1/* asks for that bearer token. users: takes and recalls events.
-    steps: taken at /admin/* by whom `admin.check_token` lets in."""
+    steps: taken at /admin/* by whom `admin.check_token` lets in. seen: notes what is answered and refused.
+    door: gives deadlines, and lets in who can be answered."""
     described = schema.openapi(__version__)
+    admission.document(described)
     if steps is not None:
         admin.document(described)
+    if seen is not None:
+        answers.document(described)
     document, html = orjson.dumps(described), page(described)
 
     async def similar(request: Request) -> Response:
@@ -84,7 +92,7 @@ def build_asgi(
         request_id = request.scope["state"]["request_id"]
         accepted, repeated = await users.keep(ask, request_id)
         if steps is not None and not repeated:
-            steps.clicked(ask.user, len({one.request_id for one in ask.events} - {None}))
+            steps.clicked(ask.user, [(one.request_id, one.event) for one in ask.events])
         return _json({"request_id": request_id, "accepted": accepted, "repeated": repeated})
 
     async def healthz(request: Request) -> Response:
@@ -108,24 +116,30 @@ def build_asgi(
             Route("/openapi.json", openapi),
             Route("/docs", docs),
             *(() if steps is None else admin.routes(steps, _body_of, _json)),
+            *(() if seen is None else [seen.route(_json)]),
         ],
         redirect_slashes=False,
     )
-    return _Gate(router, _Recommend(answerer, users), token_digest, admin_digest)
+    return _Gate(router, _Recommend(answerer, users, seen, door or Door()), token_digest, admin_digest, seen)
 
 
 class _Recommend:
     """POST /v1/recommend, where the time goes: from message to message, with nothing between."""
 
-    def __init__(self, answerer: Answerer, users: UserState | None) -> None:
-        self._answerer, self._users = answerer, users
+    def __init__(self, answerer: Answerer, users: UserState | None, seen: Seen | None, door: Door) -> None:
+        self._answerer, self._users, self._seen, self._door = answerer, users, seen, door
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] != "POST":
             raise HTTPException(405, headers={"Allow": "POST"})
-        ask = schema.parse_recommend(await _json_body(scope, receive))
-        missing = [] if self._users is None else await self._users.recall(ask)
-        reply = await self._answerer.recommend(ask)
+        visit = self._door.enter(scope["headers"])
+        try:
+            ask = schema.parse_recommend(await _json_body(scope, receive))
+            self._door.limit(ask, visit)
+            missing = [] if self._users is None else await self._users.recall(ask)
+            reply = await self._answerer.recommend(ask)
+        finally:
+            self._door.leave()
         reply.degraded += missing
         body = _told(scope["state"], reply)
         length = (b"content-length", str(len(body)).encode())
@@ -134,6 +148,8 @@ class _Recommend:
         await send({"type": "http.response.body", "body": body})
         if self._users is not None:
             self._users.shown(scope["state"]["request_id"], ask.user, reply.generation, reply.items)
+        if self._seen is not None:
+            self._seen.answered(scope, ask, reply)
 
 
 _CSP = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
@@ -143,9 +159,14 @@ class _Gate:
     """Around every request: an id, the token, errors as bodies, one line in the access log."""
 
     def __init__(
-        self, app: ASGIApp, recommend: ASGIApp, token_digest: str | None, admin_digest: str | None
+        self,
+        app: ASGIApp,
+        recommend: ASGIApp,
+        token_digest: str | None,
+        admin_digest: str | None,
+        seen: Seen | None = None,
     ) -> None:
-        self._app, self._recommend = app, recommend
+        self._app, self._recommend, self._seen = app, recommend, seen
         self._token_digest, self._admin_digest = token_digest, admin_digest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -155,7 +176,7 @@ class _Gate:
         start = time.perf_counter()
         headers, path = dict(scope["headers"]), _path(scope)
         request_id = headers.get(b"x-request-id", b"").decode("latin-1")
-        if not _REQUEST_ID.fullmatch(request_id):
+        if not schema.REQUEST_ID.fullmatch(request_id):
             request_id = uuid.uuid4().hex
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
@@ -178,6 +199,8 @@ class _Gate:
             else:
                 await self._app(scope, receive, send_and_note)
         except ApiError as error:
+            if self._seen is not None:
+                self._seen.refused(error.code)
             await _refused(error, request_id)(scope, receive, send_and_note)
         except HTTPException as error:
             await _no_route(scope, error)(scope, receive, send_and_note)
@@ -188,6 +211,8 @@ class _Gate:
             status = 499  # nobody is left to answer
         except Exception:
             log.exception("request %s failed", request_id)
+            if self._seen is not None:
+                self._seen.refused("internal")
             if not status:
                 refusal = ApiError(500, "internal", "the server failed; the fault is not in the request")
                 await _refused(refusal, request_id)(scope, receive, send_and_note)
@@ -321,7 +346,7 @@ def _refused(error: ApiError, request_id: str) -> Response:
     if error.status in (408, 413):
         headers["connection"] = "close"  # the rest of the body is not read
     if error.status == 503:
-        headers["retry-after"] = str(schema.RETRY_AFTER_S)
+        headers["retry-after"] = str(error.retry_after_s)
     return _json(error.body(request_id), error.status, headers)
 
 

@@ -1,138 +1,137 @@
-"""Ids outside, rows inside: what stands behind the HTTP door, and where its models are.
+"""Ids outside, rows inside: what stands behind the HTTP door.
 
-Concurrent requests are gathered into one batch, which goes through retrieval and ranking as a whole:
-`Fused` runs both on threads of this process, `Split` asks two other processes, one call each. The
-answers are the same, since both run the functions of `stages`.
+It checks what is asked, has it answered by a layout (see `layouts`), and names what comes back. What no
+stage can answer in time, or at all, is answered by what is at hand here: an earlier answer, what is popular.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Sequence
 
 import numpy as np
 
-from recray.bundles.bundle import Bundle, Front, Request
+from recray.bundles.answer import Why
+from recray.bundles.bundle import Front, Request
 from recray.errors import InputError
 from recray.manifest import Artefact
-from recray.recommender import Source
-from recray.serving import stages
-from recray.serving.batching import Batcher, Sender
+from recray.serving import cache
+from recray.serving.cache import Answers, Caching, Spot
+from recray.serving.deadline import AWAY, DOUBT_ONE, OVERLOAD, TIME, Level, Needs, TooLate, decide, told
 from recray.serving.http import Reply
+from recray.serving.layouts import Fused as Fused
+from recray.serving.layouts import Layout, Line, answered, lines_of, ms, same
+from recray.serving.layouts import Split as Split
+from recray.serving.popular import Popular
 from recray.serving.schema import ApiError, RecommendRequest
-from recray.serving.settings import Batch
+
+__all__ = ["Fused", "Ingress", "Split", "answered", "has_ranker"]
 
 READY_S = 2.0  # what a stage may take to say that it is there
 NOBODY = np.empty(0, np.int32)
-Made = TypeVar("Made")
-
-
-class Line(NamedTuple):
-    """The answer to one request: its items as they are sent, and what its batch took."""
-
-    items: list[dict[str, Any]]
-    timing_ms: dict[str, float]
-
-
-class Layout(Protocol):
-    """Where the models are."""
-
-    async def answer(self, request: Request) -> Line: ...
-
-    def similar(self, row: int, k: int, /) -> Awaitable[stages.Found | None]: ...
-
-    async def generations(self) -> Sequence[str]:
-        """What each other process holds."""
-        ...
-
-
-Retrieve = Callable[[stages.RetrieveBatch], Awaitable[stages.Found | None]]
-Rank = Callable[[stages.RankBatch], Awaitable[stages.Found | None]]
-
-
-class Fused:
-    """The models in this process, on `threads` threads that take a batch each."""
-
-    def __init__(self, bundle: Bundle, batch: Batch, threads: int = 1) -> None:
-        def answers(requests: Sequence[Request]) -> Sequence[Line]:
-            return answered(bundle, requests)
-
-        def similars(asks: Sequence[tuple[int, int]]) -> Sequence[stages.Found]:
-            return [stages.similar(bundle, row, k) for row, k in asks]
-
-        self.answer = Batcher(answers, max_size=batch.size, threads=threads)
-        self._similar = Batcher(similars, max_size=1, threads=1)
-
-    async def similar(self, row: int, k: int) -> stages.Found | None:
-        return await self._similar((row, k))
-
-    async def generations(self) -> Sequence[str]:
-        return ()
-
-
-class Split:
-    """The models in other processes, which answer None when they hold another generation."""
-
-    def __init__(
-        self,
-        front: Front,
-        batch: Batch,
-        *,
-        retrieve: Retrieve,
-        rank: Rank | None,
-        similar: Callable[[int, int], Awaitable[stages.Found | None]],
-        generations: Sequence[Callable[[], Awaitable[str]]] = (),
-    ) -> None:
-        async def answered(requests: Sequence[Request]) -> Sequence[Line | ApiError]:
-            try:
-                return await _through(front, requests, retrieve, rank)
-            except ApiError as error:  # nobody of the batch is at fault
-                return [error] * len(requests)
-
-        self.answer: Sender[Request, Line] = Sender(
-            answered, max_size=batch.size, in_flight=batch.in_flight, wait_s=batch.wait_ms / 1e3
-        )
-        self.similar, self._generations = similar, generations
-
-    async def generations(self) -> Sequence[str]:
-        return await asyncio.gather(*(ask() for ask in self._generations))
 
 
 class Ingress:
     """Checks what is asked, has it answered, names what comes back."""
 
-    def __init__(self, front: Front, layout: Layout) -> None:
-        self.front, self._layout = front, layout
+    def __init__(self, front: Front, layout: Layout, caching: Caching | None = None) -> None:
+        self.front, self.layout = front, layout
+        self.answers = Answers(caching) if caching is not None and caching.answers else None
+        self._popular = Popular(front)
         front.items.rows_of([""])  # ids are looked up in a table that the first look-up makes
         front.users.rows_of([""])
 
     async def recommend(self, ask: RecommendRequest) -> Reply:
-        start = time.perf_counter()
-        asked = self._checked(ask)
-        line = await self._layout.answer(asked)
-        timing = {**line.timing_ms, "total": _ms(start)}
-        return Reply(line.items, self.front.generation, list(asked.degraded), timing)
+        start = time.monotonic()
+        asked, spot = self._checked(ask), None
+        if self.answers is not None:
+            spot = _spot(ask, asked)
+            items = self.answers.same(spot)
+            if items is not None:
+                return Reply(items, self.front.generation, list(asked.degraded), {"total": ms(start)})
+        try:
+            if ask.due != math.inf:
+                self._check_time(ask.due - start)
+            line = await self.layout.answer(asked, ask.due)
+        except TooLate as late:
+            return self._at_hand(asked, spot, late.why, start)
+        degraded = list(asked.degraded)
+        if line.degraded:
+            degraded.append(line.degraded)
+        elif self.answers is not None and spot is not None:
+            self.answers.keep(spot, line.items)
+        timing = {"wait": ms(start, line.began), **line.timing_ms, "total": ms(start)}
+        batch = (line.began, line.place, line.of)
+        return Reply(line.items, self.front.generation, degraded, timing, batch)
+
+    def at_hand(self, ask: RecommendRequest, why: str = AWAY) -> Reply:
+        """An answer without any stage: an earlier one, or what is popular. Raises ApiError (422)."""
+        start, asked = time.monotonic(), self._checked(ask)
+        return self._at_hand(asked, _spot(ask, asked), why, start)
+
+    def _check_time(self, left_s: float) -> None:
+        """Raises TooLate where a request would wait in vain."""
+        if left_s == -math.inf:
+            raise TooLate(OVERLOAD)
+        batches, retrieve = self.layout.batches, self.layout.paces.retrieve
+        wait_s, retrieve_s = batches.ahead_s(), retrieve.seconds(1)
+        if decide(left_s, Needs(wait=wait_s, retrieve=retrieve_s)) is Level.FULL:
+            return
+        if retrieve_s <= left_s:
+            batches.pace.doubt(batches.waiting + 1, DOUBT_ONE)
+            raise TooLate(OVERLOAD)
+        retrieve.doubt(1, DOUBT_ONE)
+        raise TooLate(TIME)
+
+    def _at_hand(self, asked: Request, spot: Spot | None, why: str, start: float) -> Reply:
+        """An earlier answer without what was barred since, filled up with what is popular; or that alone."""
+        rows, scores = self._popular.rows(asked)
+        items = lines_of(self.front, [asked], [(rows, scores, "popular")], {})[0].items
+        level, old = Level.POPULAR, None
+        if self.answers is not None and spot is not None and asked.rules is None:
+            old = self.answers.older(spot)
+        if old:
+            barred = np.isin(self.front.items.rows_of([one["item"] for one in old]), asked.exclude)
+            old = [one for one, out in zip(old, barred) if not out]
+        if old:
+            names = {one["item"] for one in old}
+            items = (old + [one for one in items if one["item"] not in names])[: asked.k]
+            level = Level.CACHED
+        degraded = [*asked.degraded, told(level, why)]
+        return Reply(items, self.front.generation, degraded, {"total": ms(start)})
 
     async def similar(self, item: str, k: int) -> Reply:
-        start = time.perf_counter()
+        start = time.monotonic()
         row = int(self.front.items.rows_of([item])[0])
         if row < 0:
             raise ApiError(404, "unknown_item", "no such item", "path.id")
         k = min(k, len(self.front.items))
-        found = _same(await self._layout.similar(row, k))
+        found = same(await self.layout.similar(row, k))
         asked = Request(NOBODY, NOBODY, k, (), {})
-        line = _lines(self.front, [asked], [(found.rows[0], found.scores[0], "retriever")], {})[0]
-        return Reply(line.items, self.front.generation, [], {"total": _ms(start)})
+        line = lines_of(self.front, [asked], [(found.rows[0], found.scores[0], "retriever")], {})[0]
+        return Reply(line.items, self.front.generation, [], {"total": ms(start)})
+
+    async def explain(
+        self, asks: Sequence[RecommendRequest], place: int, names: Sequence[str]
+    ) -> tuple[Reply, list[Why]]:
+        """The answer to one of the asks, made together with the others by all stages, whatever time it takes;
+        and why those items have their scores."""
+        requests = [self._checked(ask) for ask in asks]
+        line = (await self.layout.together(requests))[place]
+        assert isinstance(line, Line)
+        rows, asked = self.front.items.rows_of(list(names)).tolist(), requests[place]
+        reasons: list[Why] = same(await self.layout.aside("why", asked, rows))
+        return Reply(line.items, self.front.generation, list(asked.degraded)), reasons
 
     async def ready(self) -> str:
         try:
-            answers = await asyncio.wait_for(self._layout.generations(), READY_S)
+            answers = await asyncio.wait_for(self.layout.generations(), READY_S)
         except asyncio.TimeoutError:
             raise ApiError(503, "unavailable", "a stage does not answer now") from None
         for generation in answers:
-            _same(generation if generation == self.front.generation else None)
+            same(generation if generation == self.front.generation else None)
         return self.front.generation
 
     def _checked(self, ask: RecommendRequest) -> Request:
@@ -156,85 +155,10 @@ class Ingress:
             raise ApiError(422, "invalid_value", str(error), error.where or "body") from None
 
 
-def answered(bundle: Bundle, requests: Sequence[Request]) -> list[Line]:
-    """A batch along the whole path, on this thread."""
-
-    async def retrieve(asked: stages.RetrieveBatch) -> stages.Found:
-        return stages.retrieve(bundle, asked)
-
-    async def rank(asked: stages.RankBatch) -> stages.Found:
-        return stages.rank(bundle, asked)
-
-    ranks = bundle.recommender.ranker is not None
-    return _at_once(_through(bundle, requests, retrieve, rank if ranks else None))
-
-
-async def _through(
-    front: Front, requests: Sequence[Request], retrieve: Retrieve, rank: Rank | None
-) -> list[Line]:
-    """A batch along the whole path. Raises ApiError (503) where a stage refuses it."""
-    start = time.perf_counter()
-    asked = stages.to_retrieve(requests, front.plan.candidates if rank is not None else 0)
-    found = _same(await retrieve(asked))
-    timing = {"retrieve": _ms(start)}
-    best: list[tuple[Any, Any, Source]] = [
-        (rows, scores, "retriever" if len(request.history) else "popular")
-        for request, rows, scores in zip(requests, found.rows, found.scores, strict=True)
-    ]
-    if rank is not None and any(len(request.history) for request in requests):
-        then = time.perf_counter()
-        places, to_rank = stages.to_rank(requests, asked, found)
-        ranked = _same(await rank(to_rank))
-        for place, rows, scores in zip(places, ranked.rows, ranked.scores, strict=True):
-            best[place] = (rows, scores, "ranker")
-        timing["rank"] = _ms(then)
-    return _lines(front, requests, best, timing)
-
-
-def _lines(
-    front: Front,
-    requests: Sequence[Request],
-    best: Sequence[tuple[Any, Any, Source]],
-    timing_ms: dict[str, float],
-) -> list[Line]:
-    """What `Bundle.recommend` answers for the same (rows, scores, source): a request's best k, as ids."""
-    kept, scores = [], []
-    for request, (rows, line, _) in zip(requests, best, strict=True):
-        real = rows[: request.k] >= 0
-        kept.append(rows[: request.k][real])
-        scores.append(line[: request.k][real].tolist())
-    names, start, made = front.items.ids_of(np.concatenate(kept)), 0, []
-    for request, rows, line, (_, _, source) in zip(requests, kept, scores, best):
-        part = zip(names[start : start + len(line)], line)
-        items = [{"item": i, "score": s, "source": source} for i, s in part]
-        if request.rules is not None:
-            for place in np.flatnonzero(np.isin(rows, list(request.pinned))):
-                items[place]["source"] = "pin"
-        made.append(Line(items, timing_ms))
-        start += len(line)
-    return made
-
-
-def _at_once(work: Coroutine[Any, Any, Made]) -> Made:
-    """The result of a coroutine that waits for nothing."""
-    try:
-        work.send(None)
-    except StopIteration as done:
-        made: Made = done.value
-        return made
-    raise RuntimeError("it waits for something")
+def _spot(ask: RecommendRequest, asked: Request) -> Spot:
+    return cache.spot(ask.user if ask.history is None else None, asked)
 
 
 def has_ranker(artefact: Artefact) -> bool:
     """Whether a bundle holds a ranker, by its manifest alone."""
     return any(name.startswith("ranker/") for name in artefact.manifest.files)
-
-
-def _same(answer: Any) -> Any:
-    if answer is None:
-        raise ApiError(503, "generation_changing", "a stage holds another bundle; ask again")
-    return answer
-
-
-def _ms(start: float) -> float:
-    return round((time.perf_counter() - start) * 1e3, 3)

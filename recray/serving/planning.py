@@ -3,10 +3,11 @@
 A request costs its ingress r seconds of a core and stage s its i_s, and a batch of b requests costs c_s a
 stage; split, each stage is a hop of h more a batch. On n cores of a node, m bytes of memory, N nodes:
 
-    fused   cpu = r + sum (i_s + c_s / b)          replicas = N min(n, m / (P + sum bytes_s))
-    split   cpu = r + sum (i_s + (h + c_s) / b)    replicas of s = N min(n, m / sum (P + bytes_s))
+    fused   cpu = r + sum (i_s + c_s / b)          replicas = N min(n, m / (P + G sum bytes_s))
+    split   cpu = r + sum (i_s + (h + c_s) / b)    replicas of s = N min(n, m / sum (P + G bytes_s))
 
-where P is what a process takes before it holds a model. A replica keeps about one core busy, so a layout
+where P is what a process takes before it holds a model, and G how many generations it holds while one is
+shipped: the one that answers, the one before and the next. A replica keeps about one core busy, so a layout
 answers min(N n, processes) / cpu requests a second. Fused is chosen unless it does not fit, fewer
 replicas of it fit than make up for the hops, or the stages ask for different hardware.
 """
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 Chosen = Literal["fused", "split"]
 PROCESS = 4 * (1 << 30) // 10  # bytes of Python, torch and Ray in a replica before it holds a model
+GENERATIONS = 3  # that a replica holds at a time, at most; see `generations.State.resident`
 HISTORY = 50  # items of a history, where bytes on the way are reckoned
 CLIENTS = 64  # that ask at a time, where nothing else is said
 TOGETHER = 16  # requests in the batch whose time is measured
@@ -38,7 +40,7 @@ TOGETHER = 16  # requests in the batch whose time is measured
 
 @dataclass(frozen=True, kw_only=True)
 class StageLoad:
-    """One stage: bytes in memory, seconds of a core a request and a batch, and where it runs."""
+    """One stage: bytes of one generation, seconds of a core a request and a batch, and where it runs."""
 
     name: str
     bytes: int
@@ -125,9 +127,9 @@ def make_plan(
     if layout != "auto":
         chosen, reason = layout, f"{layout} was asked for"
     if not expected[chosen].replicas:
-        sizes = ", ".join(f"{load.name} {load.bytes:,}" for load in loads)
+        sizes = ", ".join(f"{load.name} {GENERATIONS} x {load.bytes:,}" for load in loads)
         raise ConfigError(
-            f"does not fit into {machine.memory:,} bytes of memory ({sizes} bytes)",
+            f"does not fit into {machine.memory:,} bytes of memory ({sizes} bytes while one is shipped)",
             where=f"layout {chosen}",
             fix="compress the bundle, or serve it on larger nodes",
         )
@@ -164,7 +166,7 @@ def _chosen(
 def _fused(
     loads: Sequence[StageLoad], machine: Machine, costs: Costs, batch: Batch, clients: int
 ) -> Expected:
-    fit = machine.memory // (PROCESS + sum(load.bytes for load in loads))
+    fit = machine.memory // (PROCESS + sum(GENERATIONS * load.bytes for load in loads))
     replicas = machine.nodes * min(machine.cores, fit)
     together = _together(batch, clients, max(replicas, 1))
     cpu = costs.request_s + sum(load.item_s + load.call_s / together for load in loads)
@@ -193,8 +195,10 @@ def _split(
 def _split_replicas(loads: Sequence[StageLoad], machine: Machine) -> int:
     """Replicas of each stage that fit beside those of the others and an ingress; on several nodes a stage
     each may do."""
-    fit = machine.memory // (PROCESS * (len(loads) + 1) + sum(load.bytes for load in loads))
-    spread = machine.nodes > 1 and all(2 * PROCESS + load.bytes <= machine.memory for load in loads)
+    fit = machine.memory // (PROCESS * (len(loads) + 1) + sum(GENERATIONS * load.bytes for load in loads))
+    spread = machine.nodes > 1 and all(
+        2 * PROCESS + GENERATIONS * load.bytes <= machine.memory for load in loads
+    )
     return machine.nodes * min(machine.cores, fit) or int(spread)
 
 

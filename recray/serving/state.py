@@ -6,12 +6,11 @@ sends it again. What cannot be reached is left alone for a while: nobody waits f
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,22 @@ from recray.errors import ConfigError
 from recray.feedback.events import LATEST_S, Event, Kept
 from recray.feedback.log import EVENTS, IMPRESSIONS, Limits, SegmentLog
 from recray.feedback.store import REDIS, Store, StoreError, open_store
+from recray.serving.answers import open_answers
+from recray.serving.backlog import Backlog
 from recray.serving.batching import Batcher
+from recray.serving.deadline import TooLate
 from recray.serving.schema import ApiError, EventsRequest, RecommendRequest
+from recray.serving.seen import Seen
 from recray.serving.settings import GraphArgs
+from recray.serving.tracing import open_tracer
 
 log = logging.getLogger("recray.serving")
 
 UNAVAILABLE = "state unavailable"  # of an answer without the events that came after its bundle
 FIRST_S, LONGEST_S = 0.5, 8.0  # how long a store that failed is left alone, and how long at most
-FLUSH_S = 0.05  # how long an impression may wait to be written: what a killed replica loses
-PENDING = 10_000  # impressions that may wait
 READS, WRITES = 64, 32  # asks that go to the store together
+
+_Shown = tuple[str, "str | None", float, str, Sequence[Any]]  # request, user, time, generation, items
 
 
 class UserState:
@@ -42,20 +46,21 @@ class UserState:
         """feedback: the folder of the logs; without one nothing is logged. Raises ConfigError for it."""
         self._store, self._clock = store, clock
         self._events = None if feedback is None else SegmentLog(feedback, EVENTS, limits)
-        self._impressions = None if feedback is None else SegmentLog(feedback, IMPRESSIONS, limits)
+        self._impressions: Backlog[_Shown] | None = None
+        if feedback is not None:
+            impressions = SegmentLog(feedback, IMPRESSIONS, limits)
+            self._impressions = Backlog(impressions, IMPRESSIONS, _impression)
         self._patience = Patience()
         self._read: Batcher[str, list[Kept]] = Batcher(self._histories, max_size=READS)
         self._write: Batcher[Sequence[Event], int] = Batcher(self._append, max_size=WRITES)
-        self._shown: list[dict[str, Any]] = []
-        self._dropped = 0
 
     async def recall(self, ask: RecommendRequest) -> list[str]:
         """Put the events of its user into a request that asks for their history; says why not, if so."""
         if ask.user is None or ask.history is not None:
             return []
         try:
-            ask.remember(await self._read(ask.user))
-        except StoreError:
+            ask.remember(await self._read(ask.user, ask.due))
+        except (StoreError, TooLate):
             return [UNAVAILABLE]
         return []
 
@@ -71,35 +76,11 @@ class UserState:
 
     def shown(self, request_id: str, user: str | None, generation: str, items: Sequence[Any]) -> None:
         """Log what was answered, a little later."""
-        if self._impressions is None:
-            return
-        if len(self._shown) >= PENDING:
-            self._dropped += 1
-            return
-        if not self._shown:
-            asyncio.get_running_loop().call_later(FLUSH_S, self._flush_soon)
-        told = {"request_id": request_id, "user": user, "time": self._clock(), "generation": generation}
-        self._shown.append({**told, "items": items})
-
-    def _flush_soon(self) -> None:
-        """Have the impressions that wait written by a thread."""
-        lines, self._shown = self._shown, []
-        dropped, self._dropped = self._dropped, 0
-        asyncio.get_running_loop().run_in_executor(None, self._flush, lines, dropped)
-
-    def _flush(self, lines: Sequence[dict[str, Any]], dropped: int) -> None:
-        try:
-            if self._impressions is not None:
-                self._impressions.write([{**line, "items": _ids(line["items"])} for line in lines])
-        except OSError as error:
-            dropped += len(lines)
-            log.warning("impressions cannot be written: %s", error.strerror)
-        if dropped:
-            log.warning("%d impressions were not logged", dropped)
+        if self._impressions is not None:
+            self._impressions.add((request_id, user, self._clock(), generation, items))
 
     def close(self) -> None:
         """Write what waits, and let go of everything."""
-        self._flush(self._shown, self._dropped)
         self._read.close()
         self._write.close()
         for part in (self._events, self._impressions, self._store):
@@ -176,8 +157,19 @@ def open_state(
         if feedback is not None:
             raise ConfigError("feedback is logged of what the state keeps", fix="give --state, too")
         return None
-    folder = feedback if feedback is not None or where.startswith(REDIS) else where
-    return UserState(open_store(where), None if folder is None else Path(folder), limits)
+    return UserState(open_store(where), folder_of(where, feedback), limits)
+
+
+def folder_of(where: str | None, feedback: str | None) -> Path | None:
+    """The folder of the logs: as given, else that of the state where it is one."""
+    folder = feedback if feedback is not None or where is None or where.startswith(REDIS) else where
+    return None if folder is None else Path(folder)
+
+
+def seen_by(args: GraphArgs, held: Callable[[], Mapping[str, Any]]) -> Seen:
+    """What an ingress replica notes, with the logs that are asked for. Raises ConfigError."""
+    folder = folder_of(args.state, args.feedback)
+    return Seen(kept=open_answers(folder, args.answers), held=held, tracer=open_tracer(folder, args.trace))
 
 
 def settled(args: GraphArgs, machines: int) -> GraphArgs:
@@ -188,6 +180,7 @@ def settled(args: GraphArgs, machines: int) -> GraphArgs:
             words = f"is a folder of one machine, and the cluster has {machines}"
             raise ConfigError(words, where=where, fix="give --state redis://HOST:PORT/0")
         where = os.path.abspath(where)
+    seen_by(dataclasses.replace(args, state=where, feedback=logs), dict)
     users = open_state(where, logs)
     if users is not None:
         users.close()
@@ -200,5 +193,7 @@ def _line(event: Event) -> dict[str, Any]:
     return told | {k: v for k, v in (("event", event.event), ("request_id", event.request_id)) if v}
 
 
-def _ids(items: Sequence[Any]) -> list[str]:
-    return [item["item"] for item in items]
+def _impression(shown: _Shown) -> dict[str, Any]:
+    request_id, user, time_, generation, items = shown
+    told = {"request_id": request_id, "user": user, "time": time_, "generation": generation}
+    return {**told, "items": [item["item"] for item in items]}

@@ -5,6 +5,9 @@ it is larger of its kind (more blocks, heads, neurons, dimensions), it is pruned
 on some batches (`compression/prune.py`), and the training that follows is its recovery. Where the dataset is
 the checkpoint's own and newer interactions (`data/extend.py`), rows keep their items and new ones are drawn.
 
+`train.sparse` and `train.bits` let what follows be the recovery of a network that is pruned by magnitude or
+will be rounded (`compression/magnitude.py`, `rounding.py`): with `train.start`, or of its first weights.
+
 `train.teacher` names a checkpoint whose answers about the train split are worked out once for all students
 and kept in the user's cache, by the hashes of teacher and dataset (`compression/distil.py`).
 """
@@ -19,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from recray import progress
-from recray.compression import distil
+from recray.compression import distil, magnitude, rounding
 from recray.compression.prune import importance, pruned
 from recray.compression.units import sizes
 from recray.errors import ArtefactError, ConfigError, RecrayError
@@ -72,6 +75,12 @@ def begun(recipe: Recipe, dataset: Dataset) -> Model:
         student.lesson = distil.Lesson(
             taught, train.teach, weight=train.teach_weight, temperature=train.teach_temperature
         )
+    if train.sparse:
+        if model.network is None:
+            raise ConfigError(f"train.sparse is given, and {model.name} has no network")
+        magnitude.learn_masked(model, magnitude.magnitude(model.network, train.sparse))
+    if train.bits:
+        rounding.learn_rounded(model, train.bits)
     return model
 
 

@@ -141,7 +141,7 @@ def check(train: Train) -> None:
     least = {"epochs": 1, "batch_size": 1, "accumulate": 1, "candidates": 1}
     least |= dict.fromkeys(("warmup_steps", "patience", "threads", "seed", "valid_users", "save_steps"), 0)
     least |= dict.fromkeys(("clip_norm", "weight_decay", "table_lr", "table_l2", "adversarial"), 0)
-    least |= {"teach_top": 1}
+    least |= {"teach_top": 1, "sparse": 0}
     for name, bound in least.items():
         if not getattr(train, name) >= bound:
             raise ConfigError(f"train.{name} is {getattr(train, name)}", fix=f"it must be {bound} or more")
@@ -149,6 +149,10 @@ def check(train: Train) -> None:
         raise ConfigError(f"train.lr is {train.lr}", fix="it must be above 0")
     if not (0 <= train.teach_weight <= 1 and 0 < train.teach_temperature < float("inf")):
         raise ConfigError("train.teach_weight is a share, and train.teach_temperature above 0", where="train")
+    if train.sparse >= 1 or train.bits not in (0, *range(2, 9)):
+        raise ConfigError(
+            "train.sparse is a share below 1, and train.bits 0 or within 2 and 8", where="train"
+        )
     wanted(train.track)
 
 

@@ -14,13 +14,13 @@ from recray.errors import BudgetError, ConfigError, RecrayError
 from recray.manifest import Artefact, versions
 from recray.models.base import Model, Ranker, Retriever
 from recray.models.saved import load_model
+from recray.money import Price, bill
 from recray.progress import say, warn
 from recray.storage import Place
 from recray.tuning import front_page, packing
 from recray.tuning.forecast import Forecast, part_points, smallest
 from recray.tuning.judge import Judge
 from recray.tuning.latency import Effort
-from recray.tuning.money import Price, bill
 from recray.tuning.pareto import Budget, megabytes, milliseconds
 from recray.tuning.results import open_cache, write_search
 from recray.tuning.searcher import ConstrainedSearcher
@@ -200,8 +200,13 @@ class Work:
             beside=self.forecast.rival if race else None,
         )
 
-    def measure_parts(self, tried: packing.PlanTrial, workers: int, address: str | None) -> None:
-        """Measure every single choice once; what fails, fails alone. Parts measured before are kept."""
+    def measure_parts(
+        self, tried: packing.PlanTrial, workers: int, address: str | None, until: float = math.inf
+    ) -> None:
+        """Measure every single choice once; what fails, fails alone. Parts measured before are kept.
+
+        until: see `Sweep`.
+        """
         points = part_points(self.space, self.usual)
         fixed = ConstrainedSearcher(
             self.space, {tried.metric: "max"}, first=points, canonical=packing.canonical
@@ -214,6 +219,7 @@ class Work:
             usual=self.usual,
             heard=lambda part: self.forecast.learn(part, part=True),
             noun="part",
+            until=until,
         )
         try:
             run(sweep, tried.as_part(), workers=workers, address=address)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from recray.metrics.interval import paired
+from recray.money import Bill, Price, bill
 from recray.progress import warn
 from recray.tuning.forecast import Forecast
-from recray.tuning.money import Bill, Price, bill
 from recray.tuning.pareto import (
     Budget,
     Choice,

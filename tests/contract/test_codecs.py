@@ -20,6 +20,7 @@ CASES = [
     "low-rank:share=0.3,values=int4",
     "tiers:head=f16,head_share=0.3,middle=pq:width=3+bits=4,middle_share=0.4,tail=int4",
     "tiers:head_share=0,middle_share=1",
+    "sparse:share=0.6",
 ]
 codecs = pytest.mark.parametrize("name", CASES)
 
@@ -136,6 +137,8 @@ def test_an_altered_shape_is_refused(name: str, tmp_path: Path) -> None:
         ("pq:width=0", "at least 1"),
         ("pq:bits=5", "choose one of 4, 8"),
         ("low-rank:share=0", "above 0"),
+        ("sparse:share=1.5", "up to 1"),
+        ("pq:fit=-1", "0 or more"),
         ("low-rank:values=int9", "did you mean 'int8'"),
         ("tiers:head_share=0.9,middle_share=0.2", "at most 1 together"),
     ],

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import shutil
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import httpx
 import pytest
 
 import recray
+from benchmarks._reliability_load import Load, mixed
 from recray.bundles.bundle import Bundle
 from recray.errors import InputError
 from recray.serving.generations import Generation, State
@@ -60,71 +58,11 @@ def url(
         yield made
 
 
-class Load:
-    """Clients that ask without pause; what each was answered, and its stamp."""
-
-    def __init__(self, url: str, clients: int = 6) -> None:
-        self.url, self.clients = url, clients
-        self.answers: list[tuple[str, str, list[tuple[str, float]]]] = []
-        self.failed: list[str] = []
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
-
-    def __enter__(self) -> Load:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join(60)
-
-    def wait(self, more: int = 40) -> None:
-        """Until so many more have been answered."""
-        goal = len(self.answers) + more
-        self._until(lambda: len(self.answers) >= goal)
-
-    def wait_for_all(self) -> int:
-        """Until every user has been answered once more; returns how many answers there were before."""
-        begun = len(self.answers)
-        self._until(lambda: {user for user, *_ in self.answers[begun:]} == set(USERS))
-        return begun
-
-    def _until(self, holds: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 60
-        while not holds() and time.monotonic() < deadline:
-            time.sleep(0.02)
-
-    async def _run(self) -> None:
-        async with httpx.AsyncClient(base_url=self.url, timeout=60) as session:
-            await asyncio.gather(*(self._client(session, n) for n in range(self.clients)))
-
-    async def _client(self, session: httpx.AsyncClient, at: int) -> None:
-        while not self._done.is_set():
-            user = USERS[at % len(USERS)]
-            at += 1
-            answer = await session.post("/v1/recommend", json={"user": user, "k": 8})
-            if answer.status_code != 200:
-                self.failed.append(answer.text)
-                continue
-            body = answer.json()
-            items = [(item["item"], item["score"]) for item in body["items"]]
-            self.answers.append((user, body["generation"], items))
-
-
 def recomputed(load: Load, bundles: list[Bundle]) -> set[str]:
     """Check every answer against the bundle it was stamped with; returns the stamps seen."""
-    by_name = {bundle.generation: bundle for bundle in bundles}
-    known = {
-        (user, name): [(i.item, i.score) for i in bundle.recommend(user=user, k=8).items]
-        for name, bundle in by_name.items()
-        for user in USERS
-    }
     assert load.failed == []
-    for user, name, items in load.answers:
-        want = known[user, name]
-        assert [item for item, _ in items] == [item for item, _ in want], (user, name)
-        assert [score for _, score in items] == pytest.approx([score for _, score in want], abs=1e-5)
-    return {name for _, name, _ in load.answers}
+    assert mixed(load.answers, bundles) == []
+    return {one.generation for one in load.answers}
 
 
 def uri(bundle: Bundle) -> str:
@@ -139,20 +77,20 @@ def state(url: str) -> dict[str, Any]:
 
 def test_ships_and_rollbacks_under_load(url: str, bundles: list[Bundle], tmp_path: Path) -> None:
     names = [bundle.generation for bundle in bundles]
-    with Load(url) as load:
+    with Load(url, USERS) as load:
         load.wait()
         for bundle in (bundles[1], bundles[2], bundles[0]):
             told = recray.ship(bundle, url=url, token=ADMIN)
             assert (told["generation"], told["changed"]) == (bundle.generation, True)
             load.wait()
-            assert load.answers[-1][1] == bundle.generation
+            assert load.answers[-1].generation == bundle.generation
         same = recray.ship(uri(bundles[0]), url=url, token=ADMIN)
         assert (same["changed"], same["generation"]) == (False, names[0])
         assert "running already" in same["why"]
         told = recray.rollback(url=url, token=ADMIN)
         assert (told["generation"], told["previous"]) == (names[2], names[0])
         load.wait()
-        assert load.answers[-1][1] == names[2]
+        assert load.answers[-1].generation == names[2]
 
         broken = tmp_path / "broken"
         shutil.copytree(uri(bundles[1]), broken)
@@ -171,7 +109,7 @@ def test_ships_and_rollbacks_under_load(url: str, bundles: list[Bundle], tmp_pat
         assert (told["generation"], told["next"], told["share"]) == (names[0], names[1], 0.5)
         load.wait(20)  # those that were under way are answered as they were stamped
         begun = load.wait_for_all()
-        split = {(user, name) for user, name, _ in load.answers[begun:]}
+        split = {(one.user, one.generation) for one in load.answers[begun:]}
         route = State(current=Generation(names[0], ""), next=Generation(names[1], ""), share=0.5)
         assert split == {(user, route.order(user)[0]) for user in USERS}
         counts = state(url)["counts"]
@@ -179,6 +117,6 @@ def test_ships_and_rollbacks_under_load(url: str, bundles: list[Bundle], tmp_pat
         assert sum(one["errors"] + one["refused"] for one in counts.values()) == 0
         assert recray.rollback(url=url, token=ADMIN)["next"] is None
         load.wait()
-        assert load.answers[-1][1] == names[0]
+        assert load.answers[-1].generation == names[0]
     assert recomputed(load, bundles) == set(names)
     assert len(load.answers) > 200

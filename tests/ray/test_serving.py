@@ -278,4 +278,4 @@ def test_every_shipped_file_is_a_serve_config() -> None:
         assert set(deployments) == set(settings.DEPLOYMENTS if args["layout"] == "split" else ["Ingress"])
         assert set(args) < {field.name for field in dataclasses.fields(settings.GraphArgs)}
         for name, given in deployments.items():
-            assert options_of(name, given)["max_ongoing_requests"] == 64
+            assert options_of(name, given)["max_ongoing_requests"] == (1000 if name == "Ingress" else 64)

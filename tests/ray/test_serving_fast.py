@@ -10,6 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
+import recray
+from benchmarks._reliability_load import Load, mixed
 from recray.bundles.bundle import Bundle
 from recray.errors import ConfigError
 from tests.serving_bundles import requests, small_bundle
@@ -36,12 +38,15 @@ def test_the_proxy_answers_on_loopback_only(url: str) -> None:
     from ray import serve
 
     port = int(url.rsplit(":", 1)[1])
-    found = {
-        (psutil.Process(line.pid).name(), line.laddr.ip)
+    found = [
+        (psutil.Process(line.pid).name(), line.laddr)
         for line in psutil.net_connections("tcp")
-        if line.status == "LISTEN" and line.laddr.port == port and line.pid
-    }
-    assert found == {("haproxy", "127.0.0.1")}
+        if line.status == "LISTEN" and line.pid
+    ]
+    assert {(name, at.ip) for name, at in found if at.port == port} == {("haproxy", "127.0.0.1")}
+    own = {at.port for name, at in found if name == "haproxy"}
+    assert {at.ip for _, at in found if at.port in own} == {"127.0.0.1"}, "its statistics and metrics, too"
+    assert len(own) >= 3
     assert set(serve.status().applications) == {"recray"}
 
 
@@ -88,6 +93,23 @@ def test_bad_input_comes_back_as_ours(url: str) -> None:
         answer = httpx.post(f"{url}/v1/recommend", timeout=30, **case)
         assert answer.status_code == status
         assert set(answer.json()["error"]) == {"code", "message", "where"}
+
+
+def test_a_bundle_is_shipped_behind_haproxy(
+    url: str, bundle: Bundle, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = small_bundle(tmp_path_factory.mktemp("other"), blend=0.0)
+    with Load(url, ["u1", "u2", "u5"], clients=4) as load:
+        for one in (other, bundle):
+            load.wait(10)
+            assert recray.ship(one, url=url)["generation"] == one.generation
+            load.wait(10)
+            assert load.answers[-1].generation == one.generation
+        assert recray.rollback(url=url)["generation"] == other.generation
+        recray.ship(bundle, url=url)
+    assert load.failed == []
+    assert mixed(load.answers, [bundle, other]) == []
+    assert httpx.get(f"{url}/readyz", timeout=30).json()["generation"] == bundle.generation
 
 
 def test_a_second_application_may_join_and_is_as_fast(url: str, bundle: Bundle) -> None:

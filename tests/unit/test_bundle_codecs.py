@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 
 from recray import config
-from recray.bundles.build import build
+from recray.bundles.build import asking, build
 from recray.bundles.bundle import Bundle
 from recray.bundles.plan import Plan
+from recray.compression.askers import wrong
 from recray.compression.codec import CODECS, CodedTable
 from recray.data.dataset import Dataset
 from recray.errors import ConfigError
 from recray.manifest import Artefact
-from recray.models.base import Retriever
+from recray.models import build_model
+from recray.models.base import Catalogue, Retriever
 from recray.models.saved import load_model
 from recray.retrieval.index import INDEXES
 from recray.tuning import packing
@@ -117,3 +119,26 @@ def test_the_search_space_has_every_codec_and_index(data: Dataset, ials: Artefac
     draw = np.random.default_rng(0)
     for _ in range(40):
         packing.plan_of(space.sample(draw)).check(model, None)
+
+
+def test_codes_are_fitted_to_the_users_of_the_train_split(
+    tmp_path: Path, data: Dataset, ials: Artefact
+) -> None:
+    model = load_model(ials)
+    assert isinstance(model, Retriever)
+    askers = asking(model, data)
+    assert askers is not None
+    vectors, metric = model.item_vectors().detach(), askers.metric(0, data.n_items)
+    off = []
+    for fit in (0, 2):
+        plan = Plan(retriever_codec=f"pq:width=8,bits=4,fit={fit}")
+        table = table_of(build(tmp_path / f"fit-{fit}", ials, None, data, plan))
+        off.append(float(wrong(table.dense() - vectors, metric).sum()))
+    assert off[1] < 0.9 * off[0]
+
+
+def test_who_asks_is_known_of_retrievers_with_one_vector_a_user(data: Dataset, ials: Artefact) -> None:
+    found = asking(load_model(ials), data, users=7)
+    assert found is not None
+    assert (len(found), found.vectors.shape[0]) == (data.n_items, 7)
+    assert asking(build_model("ease", Catalogue.of(data), {}), data) is None

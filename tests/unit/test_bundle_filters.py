@@ -67,6 +67,7 @@ def test_masks(given: Any, rows: list[int] | None) -> None:
     [
         {"year": "soon"},
         {"year": 1990.5},
+        {"year": 2**63},
         {"numbers": ["x"]},
         {"no": 1},
         {7: 1},

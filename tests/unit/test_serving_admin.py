@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from recray.cli.main import main
 from recray.errors import InputError, RecrayError
 from recray.serving import auth, client
 from recray.serving.http import Reply, build_asgi
+from recray.serving.items import ItemsRequest
 from recray.serving.schema import ApiError, RecommendRequest
 
 TOLD = {
@@ -48,11 +49,15 @@ class Steps:
         self.asked.append("rollback")
         return TOLD
 
+    async def items(self, asked: ItemsRequest) -> dict[str, Any]:
+        self.asked.append(asked.plain())
+        return TOLD
+
     async def generations(self) -> dict[str, Any]:
         return {**TOLD, "counts": {}}
 
-    def clicked(self, user: str, answers: int) -> None:
-        self.asked.append((user, answers))
+    def clicked(self, user: str, events: Sequence[tuple[str | None, str | None]]) -> None:
+        self.asked.append((user, events))
 
 
 class Nobody:
@@ -111,7 +116,7 @@ def test_on_this_machine_without_any_token() -> None:
 def test_a_page_in_a_browser_cannot() -> None:
     steps = Steps()
     text = {"content-type": "text/plain"}
-    for path in ("/admin/ship", "/admin/rollback"):
+    for path in ("/admin/ship", "/admin/rollback", "/admin/items"):
         answer = ask("POST", path, content=b'{"bundle": "/b"}', headers=text, steps=steps)
         assert (answer.status_code, answer.json()["error"]["code"]) == (415, "not_json")
         answer = ask("POST", path, json={"bundle": "/b"}, host="evil.example:8000", steps=steps)
@@ -122,14 +127,19 @@ def test_a_page_in_a_browser_cannot() -> None:
 
 def test_a_users_token_is_not_the_admins() -> None:
     both: dict[str, Any] = {"token": "user-token", "admin": "admin-token"}
-    for path, method in (("/admin/ship", "POST"), ("/admin/rollback", "POST"), ("/admin/generations", "GET")):
+    for step, method in (("ship", "POST"), ("rollback", "POST"), ("items", "POST"), ("generations", "GET")):
+        path = f"/admin/{step}"
         for headers in ({}, bearer("user-token"), bearer("wrong")):
             answer = ask(method, path, headers=headers, **both)
             assert answer.status_code == 401
             assert answer.headers["www-authenticate"] == "Bearer"
         answer = ask(method, path, headers=bearer("user-token"), token="user-token")
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "no_admin_token")
-        body = {"json": {"bundle": "/b"}} if method == "POST" else {}
+        body = (
+            {"json": {"withdraw": ["i1"]} if step == "items" else {"bundle": "/b"}}
+            if method == "POST"
+            else {}
+        )
         assert ask(method, path, headers=bearer("admin-token"), host="any.example", **body, **both).is_success
     assert ask("POST", "/v1/recommend", json={}, headers=bearer("admin-token"), **both).status_code == 401
 
@@ -161,7 +171,8 @@ def test_routes_and_their_document() -> None:
     assert ask("GET", "/admin/ship").status_code == 405
     assert ask("POST", "/admin/nothing", json={}).status_code == 404
     document = ask("GET", "/openapi.json").json()
-    assert {"/admin/ship", "/admin/rollback", "/admin/generations"} <= set(document["paths"])
+    paths = {"/admin/ship", "/admin/rollback", "/admin/items", "/admin/generations"}
+    assert paths <= set(document["paths"])
     text = json.dumps(document)
     for name in {part.split('"')[0] for part in text.split("#/components/schemas/")[1:]}:
         assert name in document["components"]["schemas"]
@@ -197,11 +208,17 @@ class Door(BaseHTTPRequestHandler):
     asked: tuple[str, str | None, Any] = ("", None, None)
 
     def do_POST(self) -> None:
-        given = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        given = (
+            None
+            if self.command == "GET"
+            else json.loads(self.rfile.read(int(self.headers["content-length"])))
+        )
         type(self).asked = (self.path, self.headers["authorization"], given)
         self.send_response(self.status)
         self.end_headers()
         self.wfile.write(self.body)
+
+    do_GET = do_POST  # noqa: N815
 
     def log_message(self, *_: object) -> None:
         """Say nothing."""
@@ -231,6 +248,28 @@ def test_the_verbs_ask_a_server(door: Any, tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr() == ("b1\n", "shipped b1\n")
     assert main(["rollback", "--url", door.url, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == TOLD
+
+
+def test_the_verb_why_asks_a_server(door: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    reason = {"weight": 0.5, "item": "i7", "shared": {}}
+    item = {"item": "i1", "score": 0.25, "source": "ranker"}
+    told = {
+        "generation": "g",
+        "equal": True,
+        "answered": {"items": [item, item | {"item": "i2"}], "degraded": []},
+    }
+    told["reasons"] = [{"item": "i1", "reasons": [reason]}]
+    door.body = json.dumps(told).encode()
+    assert recray.why("a b", k=3, url=door.url, token="t") == told
+    assert door.asked == ("/v1/why/a%20b?k=3", "Bearer t", None)
+    assert main(["why", "abc", "--url", door.url]) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines()[1].split() == ["i1", "0.25", "ranker", "i7", "+0.5"]
+    assert len(said.out.splitlines()) == 2
+    assert said.err == "generation g; the same again; not degraded\n"
+    door.status = 401
+    with pytest.raises(InputError, match=r"\$RECRAY_TOKEN"):
+        recray.why("abc", url=door.url)
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Sequence
 
 import pytest
 
 from recray.serving.batching import Batcher, Sender
+from recray.serving.deadline import TooLate
 
 
 def test_concurrent_calls_share_a_batch_and_keep_their_answers() -> None:
@@ -153,5 +155,82 @@ def test_a_batch_that_fails_is_sent_again_one_by_one() -> None:
         answers = await asyncio.gather(*(sender(i) for i in (1, 9)), return_exceptions=True)
         assert answers[0] == 1
         assert isinstance(answers[1], LookupError)
+
+    asyncio.run(scene())
+
+
+def test_whose_time_is_over_is_not_run_and_does_not_wait() -> None:
+    async def scene() -> None:
+        go, ran = threading.Event(), list[int]()
+
+        def run(asks: Sequence[int]) -> list[int]:
+            ran.extend(asks)
+            assert go.wait(60)
+            return list(asks)
+
+        batcher: Batcher[int, int] = Batcher(run, max_size=4)
+        loop = asyncio.get_running_loop()
+        first = asyncio.create_task(batcher(0))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        with pytest.raises(TooLate) as late:
+            await batcher(1, loop.time() + 0.02)
+        assert late.value.why == "late"
+        over = asyncio.create_task(batcher(2, loop.time() - 1))
+        patient = asyncio.create_task(batcher(3, loop.time() + 600))
+        await asyncio.sleep(0)
+        go.set()
+        with pytest.raises(TooLate):
+            await over
+        assert (await first, await patient) == (0, 3)
+        assert ran == [0, 3]
+        batcher.close()
+
+    asyncio.run(scene())
+
+
+def test_one_may_be_answered_before_its_batch() -> None:
+    async def scene() -> None:
+        go = threading.Event()
+        loop = asyncio.get_running_loop()
+        early: asyncio.Future[str] = loop.create_future()
+
+        def run(asks: Sequence[int]) -> list[str]:
+            loop.call_soon_threadsafe(early.set_result, "early")
+            assert go.wait(60)
+            return ["whole"] * len(asks)
+
+        batcher: Batcher[int, str] = Batcher(run, max_size=4)
+        other = asyncio.create_task(batcher(1))
+        assert await batcher(0, math.inf, early) == "early"
+        assert not other.done()
+        go.set()
+        assert await other == "whole"
+        batcher.close()
+
+    asyncio.run(scene())
+
+
+def test_a_batcher_says_how_long_the_next_waits() -> None:
+    async def scene() -> None:
+        go = threading.Event()
+
+        def run(asks: Sequence[int]) -> list[int]:
+            assert go.wait(60)
+            return list(asks)
+
+        batcher: Batcher[int, int] = Batcher(run, max_size=2)
+        for _ in range(3):
+            batcher.pace.add(2, 10.0)
+        assert batcher.ahead_s() == 0.0, "nobody is here"
+        tasks = [asyncio.create_task(batcher(n)) for n in range(6)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert batcher.waiting == 4
+        batch_s = batcher.pace.seconds(2)
+        assert batcher.ahead_s() == pytest.approx(3 * batch_s), "two batches wait, and one is out"
+        go.set()
+        await asyncio.gather(*tasks)
+        batcher.close()
 
     asyncio.run(scene())

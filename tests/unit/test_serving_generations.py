@@ -229,6 +229,9 @@ class Sometimes:
             raise self.error
         return Reply([{"item": self.name}], self.name)
 
+    def at_hand(self, ask: RecommendRequest) -> Reply:
+        return Reply([], self.name, ["popular: unavailable"])
+
     async def similar(self, item: str, k: int) -> Reply:
         return await self.recommend(RecommendRequest())
 
@@ -268,8 +271,13 @@ def test_what_nobody_holds_is_a_503(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routing, "PAUSE_S", 0.0)
     router = routed(State(current=A), a=ApiError(503, CHANGING, "not held"))
     with pytest.raises(ApiError) as error:
-        asyncio.run(router.recommend(RecommendRequest(user="u")))
+        asyncio.run(router.similar("i1", 3))
     assert (error.value.status, error.value.code) == (503, CHANGING)
+    reply = asyncio.run(router.recommend(RecommendRequest(user="u")))
+    assert reply.degraded == ["popular: unavailable"], "what is popular is at hand all the same"
+    router._resident.held = {}
+    with pytest.raises(ApiError, match="ask again"):
+        asyncio.run(router.recommend(RecommendRequest(user="u")))
 
 
 def test_counts_begin_again_when_others_answer() -> None:
@@ -282,8 +290,8 @@ def test_counts_begin_again_when_others_answer() -> None:
     router._resident.follow(loading.split(0.1))
     assert router.tallies == {}
     for user in (users := [f"u{n}" for n in range(100)]):
-        router.clicked(user, 1)
-    router.clicked("u1", 0)
+        router.clicked(user, [("answer", "click"), ("answer", "buy"), (None, "view")])
+    router.clicked("u1", [(None, "view")])
     chosen = sum(router.state.order(user)[0] == "b" for user in users)
     assert (router.tallies["a"].clicks, router.tallies["b"].clicks) == (100 - chosen, chosen)
     assert asyncio.run(router.ready()) == "a"

@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 
 from recray.cli.main import main
 from recray.errors import ConfigError
-from recray.serving.planning import COSTS, Machine, StageLoad, loads_of, make_plan, table, this_machine
+from recray.serving.generations import Generation, State
+from recray.serving.planning import (
+    COSTS,
+    GENERATIONS,
+    PROCESS,
+    Machine,
+    StageLoad,
+    loads_of,
+    make_plan,
+    table,
+    this_machine,
+)
 from recray.serving.settings import Batch
 from tests.serving_bundles import small_bundle
 
@@ -37,8 +48,8 @@ def test_a_small_bundle_is_fused_since_hops_cost_more_than_models(profile: str) 
 
 
 def test_tables_too_large_for_many_whole_replicas_are_split() -> None:
-    """One copy of everything fits 4 times; the stages apart keep all 64 cores busy."""
-    machine = Machine(cores=64, memory=256 * GIB)
+    """One replica with everything fits 4 times; the stages apart keep all 64 cores busy."""
+    machine = Machine(cores=64, memory=768 * GIB)
     plan = make_plan(loads(retriever=20 * GIB, ranker=40 * GIB), machine, COSTS["fast"])
     assert plan.layout == "split"
     assert plan.expected["fused"].replicas == 4
@@ -48,13 +59,21 @@ def test_tables_too_large_for_many_whole_replicas_are_split() -> None:
 
 def test_what_fits_no_node_whole_but_in_parts_is_split_over_nodes() -> None:
     halves = loads(retriever=20 * GIB, ranker=20 * GIB)
-    plan = make_plan(halves, Machine(cores=8, memory=24 * GIB, nodes=2))
+    plan = make_plan(halves, Machine(cores=8, memory=72 * GIB, nodes=2))
     assert plan.layout == "split"
     assert "do not fit into one node" in plan.reason
     for machine, layout in ((BOX, "auto"), (BOX, "split"), (BOX, "fused")):
         with pytest.raises(ConfigError, match="does not fit") as error:
             make_plan(halves, machine, layout=layout)  # type: ignore[arg-type]
         assert "\n" not in str(error.value)
+
+
+def test_a_ship_holds_as_many_generations_as_are_planned_for() -> None:
+    one, two, three = (Generation(name, "") for name in "abc")
+    state = State(current=one).load(two, 0.0).flip().load(three, 0.0)
+    assert len(state.resident) == GENERATIONS
+    room = make_plan(loads(retriever=GIB, ranker=GIB), Machine(cores=8, memory=32 * GIB))
+    assert room.expected["fused"].replicas == 32 * GIB // (6 * GIB + PROCESS) == 5
 
 
 def test_stages_on_different_hardware_are_split() -> None:
@@ -82,14 +101,14 @@ def test_a_plan_fits_and_is_the_better_one(
     try:
         plan = make_plan(loads(retriever, ranker), machine, clients=clients)
     except ConfigError:
-        assert retriever + ranker + GIB > machine.memory
+        assert GENERATIONS * (retriever + ranker) + 2 * GIB > machine.memory
         return
     chosen = plan.expected[plan.layout]
     assert chosen.replicas >= 1
     assert chosen.rps == max(one.rps for one in plan.expected.values())
     assert 1 <= chosen.batch <= plan.batch.size
     if plan.layout == "fused":
-        assert chosen.replicas * (retriever + ranker) <= machine.memory
+        assert chosen.replicas * GENERATIONS * (retriever + ranker) <= machine.memory
     assert [name for name, _ in table(plan)] == ["layout", "fused", "split", "batch"]
 
 

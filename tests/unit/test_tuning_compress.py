@@ -19,17 +19,26 @@ from recray.errors import BudgetError, ConfigError, InputError
 from recray.manifest import Artefact, open_artefact
 from recray.models.base import Ranker, Retriever
 from recray.models.saved import load_model
+from recray.money import Price, bill
 from recray.tuning import packing
 from recray.tuning.chosen import plan_of_trial, told_trial
 from recray.tuning.compress import Limits, search_compress
 from recray.tuning.latency import Effort
-from recray.tuning.money import Price, bill
 from recray.tuning.space import Point
 from recray.tuning.trial import Outcome, words
 from tests.serving_bundles import checkpoint, small_dataset
 
 QUICK = Effort(least=100, seconds=0.3, warmup=5)
-SIZES = {"f32": 8e6, "f16": 4e6, "int8": 2e6, "int4": 1e6, "low-rank": 1e6, "pq": 1e6, "tiers": 5e5}
+SIZES = {
+    "f32": 8e6,
+    "f16": 4e6,
+    "int8": 2e6,
+    "int4": 1e6,
+    "low-rank": 1e6,
+    "pq": 1e6,
+    "sparse": 3e6,
+    "tiers": 5e5,
+}
 Parts = tuple[Dataset, Artefact, Artefact]
 
 

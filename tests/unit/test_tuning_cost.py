@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from recray.errors import ConfigError
+from recray.money import BUSY, GB_A_CORE, PROCESS, Bill, Price, bill
 from recray.tuning.cost import LEAST, CostModel, LatencyModel, Seen, held_out
-from recray.tuning.money import BUSY, GB_A_CORE, PROCESS, Bill, Price, bill
 from recray.tuning.ridge import Ridge
 
 ENCODE = {"f32": 1.0, "int8": 1.2, "pq": 2.0}

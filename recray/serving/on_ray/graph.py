@@ -16,33 +16,38 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar, cast
 
 from recray.bundles.bundle import Bundle, Front, open_bundle, open_front
+from recray.bundles.changes import Changes, with_changes
 from recray.config import as_dict, build
 from recray.errors import ArtefactError, ConfigError
 from recray.manifest import KEY_ENV, Artefact, check_signature, open_artefact, signing_key
 from recray.progress import say
-from recray.serving import auth, parity, planning, process, profiles, settings, stages
+from recray.serving import aside, auth, parity, planning, process, profiles, settings, stages
+from recray.serving.admission import Door
 from recray.serving.canary import Tally
-from recray.serving.generations import Generation, Pointer, State
+from recray.serving.generations import Generation, State
 from recray.serving.http import build_asgi
-from recray.serving.ingress import Fused, Ingress, Split, has_ranker
+from recray.serving.ingress import Fused, Ingress, has_ranker
+from recray.serving.items import changes_of
+from recray.serving.metrics import Meter
+from recray.serving.on_ray import scaling
+from recray.serving.on_ray.hops import split_between
+from recray.serving.on_ray.metrics import Teller
 from recray.serving.on_ray.pointer import KeptPointer, follow_all, own_name, tallies_of
 from recray.serving.profiles import Profile
 from recray.serving.resident import Ack, Resident
 from recray.serving.router import Follower, Router
-from recray.serving.schema import ApiError
+from recray.serving.scaling import Batches, Counted
 from recray.serving.settings import Batch, GraphArgs
 from recray.serving.shipping import Shipper
-from recray.serving.state import open_state, settled
+from recray.serving.state import open_state, seen_by, settled
 from recray.storage import place
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Serve's own models use what pydantic deprecates
     import ray
     from ray import serve
-    from ray.exceptions import RayActorError
     from ray.serve.config import AutoscalingConfig
     from ray.serve.context import _get_global_client
-    from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
     from ray.serve.schema import DeploymentSchema, RayActorOptionsSchema
 
 OPTIONS: Mapping[str, Any] = {  # of each deployment, where the file says nothing else
@@ -53,19 +58,23 @@ OPTIONS: Mapping[str, Any] = {  # of each deployment, where the file says nothin
     "graceful_shutdown_wait_loop_s": 0.1,
     "graceful_shutdown_timeout_s": 5.0,
 }
+COMING_IN = {"Ingress": {"max_ongoing_requests": 1000}}  # our door decides: what waits for Serve is unseen
 Opened = TypeVar("Opened", bound=Front)
-TRIES = 3  # of a hop whose replica dies; another replica is asked, since every stage is a pure function
 ANSWER_S = 30.0  # what a controller may take to answer
 
 
-class _Replica:
+class _Replica(Counted):
     """What both model replicas are: bundles of their own, one torch thread, work in an executor."""
 
     def __init__(self, args: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
         self.args = build(GraphArgs, args)
         stage = self.args.retriever if isinstance(self, RetrieverReplica) else self.args.ranker
         self.executor = ThreadPoolExecutor(stage.threads, thread_name_prefix="recray-model")
-        self.follower = _following(lambda one, now: _held_bundle(one, now, self.args), origin)
+        self.beside = ThreadPoolExecutor(1, thread_name_prefix="recray-aside")
+        self.follower = _following(lambda one, now: _held_bundle(one, now, self.args), _looked_at, origin)
+        self.batches = Batches.of(self.args)
+        name = type(self).__name__.removesuffix("Replica")
+        self.teller = Teller(name, Meter(), self.args.price, self.batches)
 
     async def holds(self, generation: str) -> str:
         """The generation, or nothing where it is not held."""
@@ -78,6 +87,7 @@ class _Replica:
     async def check_health(self) -> None:
         """Asked by Serve every few seconds: the time to look whether the pointer moved."""
         self.follower.nudge()
+        self.teller.tell()
 
     async def pid(self) -> int:
         """The process of this replica, for whoever has to look at it (or to kill it in a test)."""
@@ -91,7 +101,9 @@ class _Replica:
         if bundle is None:
             self.follower.nudge()
             return None
-        return await asyncio.get_running_loop().run_in_executor(self.executor, work, bundle, *asked)
+        n, timed = len(getattr(asked[0], "wants", "1")), self.batches.timed
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.executor, timed, n, work, bundle, *asked)
 
 
 class RetrieverReplica(_Replica):
@@ -103,6 +115,11 @@ class RetrieverReplica(_Replica):
     async def similar(self, generation: str, row: int, k: int) -> stages.Found | None:
         return await self._run(generation, stages.similar, row, k)
 
+    async def aside(self, generation: str, work: str, *asked: Any) -> Any:
+        bundle = self.follower.resident.get(generation)
+        loop = asyncio.get_running_loop()
+        return bundle and await loop.run_in_executor(self.beside, aside.WORK[work], bundle, *asked)
+
 
 class RankerReplica(_Replica):
     """`stages.rank` in a process of its own."""
@@ -111,38 +128,55 @@ class RankerReplica(_Replica):
         return await self._run(generation, stages.rank, batch)
 
 
-class IngressReplica:
+class IngressReplica(Counted):
     """The HTTP door: ids outside, rows inside; it holds the models where there is no retriever to ask."""
 
     def __init__(
         self, args: Mapping[str, Any], origin: Mapping[str, Any], retriever: Any | None, ranker: Any | None
     ) -> None:
         known = build(GraphArgs, args)
-        self.token_digest = _token_digest(known)
+        self.token_digest = auth.found_digest(known.token_digest, known.token_file)
         running = running_http()
         assert running is not None
         auth.check_exposure(running.host, self.token_digest)
         if known.access_log:
             process.log_to_stderr("recray.access")
-        self.admin_digest = _admin_digest(known)
+        admin = known.admin_token_digest, known.admin_token_file
+        self.admin_digest = auth.found_digest(*admin, env=auth.ADMIN_ENV)
         self.users = open_state(known.state, known.feedback, known.feedback_limits)
         self.watching: asyncio.Task[None] | None = None
         self.args, self.stages = known, (retriever, ranker)
-        self.follower = _following(self._held, origin)
-        self.router = Router(self.follower.resident, self.follower.nudge)
-        self.shipper = _shipper(self.router, self.follower.pointer, known, self.stages)
+        self.batches = Batches.of(known, hops=sum(one is not None for one in self.stages))
+        self.follower = _following(self._held, self._varied, origin)
+        self.seen = seen_by(known, lambda: self.follower.resident.held)
+        self.router = Router(self.follower.resident, self.follower.nudge, self.seen.meter)
+        self.teller = Teller("Ingress", self.seen.meter, known.price, self.batches)
+        self.shipper = _shipper(self.router, cast(KeptPointer, self.follower.pointer), known, self.stages)
 
     def _held(self, one: Generation, now: Ingress | None) -> Ingress:
         """One generation as this ingress answers from it. Raises InputError for what must not be held."""
-        batch, (retriever, ranker) = self.args.batch or Batch(), self.stages
-        if retriever is None:
-            bundle = _held_bundle(one, None if now is None else cast(Bundle, now.front), self.args)
-            made = Ingress(bundle, Fused(bundle, batch, self.args.retriever.threads))
+        if self.stages[0] is None:
+            front: Front = _held_bundle(one, None if now is None else cast(Bundle, now.front), self.args)
         else:
-            made = _split(_same(open_front(one.uri), one, self.args), batch, retriever, ranker)
+            front = _same(open_front(one.uri), one, self.args)
         if now is not None:
-            parity.same_catalogue(made.front, now.front)
-        return made
+            parity.same_catalogue(front, now.front)
+        return self._answering(front)
+
+    def _varied(self, held: Ingress, changes: Changes) -> Ingress:
+        """Another generation of the same bundle."""
+        front = held.front
+        return self._answering(
+            _looked_at(front, changes) if isinstance(front, Bundle) else with_changes(front, changes)
+        )
+
+    def _answering(self, front: Front) -> Ingress:
+        batch = self.args.batch or Batch()
+        if not isinstance(front, Bundle):
+            return split_between(front, batch, *self.stages, self.args.cache)
+        fused = Fused(front, batch, self.args.retriever.threads)
+        fused.batches.noted = self.batches.add
+        return Ingress(front, fused, self.args.cache)
 
     async def follow(self) -> Ack:
         """Hold what the pointer names, and answer from whom it says."""
@@ -155,6 +189,8 @@ class IngressReplica:
     async def check_health(self) -> None:
         """Asked by Serve every few seconds: the time to look at the pointer and at the canary."""
         self.follower.nudge()
+        self.teller.tell(self.router)
+        self.seen.tidy()
         if self.watching is None or self.watching.done():
             self.watching = asyncio.get_running_loop().create_task(self.shipper.watch())
 
@@ -169,30 +205,14 @@ class IngressReplica:
             users=self.users,
             admin_digest=self.admin_digest,
             steps=self.shipper,
+            seen=self.seen,
+            door=Door(self.args.deadline),
         )
 
 
 IngressDeployment = serve.deployment(name="Ingress")(serve.ingress()(IngressReplica))
 Retriever = serve.deployment(name="Retriever")(RetrieverReplica)
 Ranker = serve.deployment(name="Ranker")(RankerReplica)
-
-
-class _Hop:
-    """One method of another deployment, asked again elsewhere when its replica dies; `first` are its first
-    arguments."""
-
-    def __init__(self, handle: Any, method: str, *first: Any) -> None:
-        self._method, self._where, self._first = getattr(handle, method), f"{handle.deployment_name}", first
-
-    async def __call__(self, *asks: Any) -> Any:
-        for tried in range(TRIES):
-            try:
-                return await self._method.remote(*self._first, *asks)
-            except (RayActorError, ReplicaUnavailableError):
-                await asyncio.sleep(0.02 * tried)  # the router has dropped the dead one by now
-            except (DeploymentUnavailableError, BackPressureError):
-                break
-        raise ApiError(503, "unavailable", "a stage does not answer now", self._where)
 
 
 def build_app(args: dict[str, Any]) -> Any:
@@ -226,7 +246,10 @@ def graph(args: Mapping[str, Any], deployments: Mapping[str, Mapping[str, Any]],
     first = State(current=Generation(artefact.hash[:12], at.bundle))
     plain, origin = as_dict(at), {"run": uuid.uuid4().hex, "first": first.as_dict()}
     options = {
-        name: options_of(name, deployments.get(name, {}), plan.replicas) for name in settings.DEPLOYMENTS
+        name: options_of(
+            name, scaling.paced(deployments.get(name, {}), plan.replicas, known.p99_ms), plan.replicas
+        )
+        for name in settings.DEPLOYMENTS
     }
     ingress = IngressDeployment.options(**options["Ingress"])
     if plan.layout == "fused":
@@ -236,10 +259,28 @@ def graph(args: Mapping[str, Any], deployments: Mapping[str, Mapping[str, Any]],
     return ingress.bind(plain, origin, retriever, ranker)
 
 
-def _following(load: Callable[[Generation, Any], Any], origin: Mapping[str, Any]) -> Follower[Any]:
-    """What this replica holds, loaded before it serves, and the pointer that it follows."""
+def _following(
+    load: Callable[[Generation, Any], Any], vary: Callable[[Any, Changes], Any], origin: Mapping[str, Any]
+) -> Follower[Any]:
+    """What this replica holds, loaded before it serves, and the pointer that it follows. vary: with other
+    items."""
     pointer = KeptPointer(origin["run"], State.from_dict(origin["first"]))
-    return Follower(Resident(load, pointer.read(), replica=own_name()[1]), pointer)
+
+    def varied(one: Generation, held: Any) -> Any:
+        return vary(held, changes_of(pointer, one))
+
+    def loaded(one: Generation, now: Any) -> Any:
+        made = load(one, now)
+        return varied(one, made) if one.changed else made
+
+    return Follower(Resident(loaded, pointer.read(), replica=own_name()[1], vary=varied), pointer)
+
+
+def _looked_at(bundle: Bundle, changes: Changes) -> Bundle:
+    """The bundle with these changes, its answers looked at."""
+    made = with_changes(bundle, changes)
+    parity.sound(made)
+    return made
 
 
 def _held_bundle(one: Generation, now: Bundle | None, args: GraphArgs) -> Bundle:
@@ -255,7 +296,7 @@ def _held_bundle(one: Generation, now: Bundle | None, args: GraphArgs) -> Bundle
 
 
 def _same(front: Opened, one: Generation, args: GraphArgs) -> Opened:
-    if front.artefact.hash[:12] != one.name:
+    if front.artefact.hash[:12] != one.bundle:
         raise ArtefactError("was replaced while it was in use", where=one.uri)
     _signed(front.artefact, args)
     return front
@@ -271,25 +312,7 @@ def _signed(artefact: Artefact, args: GraphArgs) -> Artefact:
     return artefact
 
 
-def _split(front: Front, batch: Batch, retriever: Any, ranker: Any | None) -> Ingress:
-    """A generation whose models are in other replicas."""
-    name = front.generation
-    if ranker is None and has_ranker(front.artefact):
-        raise ArtefactError("has a ranker, and this application has no Ranker replicas", where=name)
-    ranks = ranker is not None and has_ranker(front.artefact)
-    hops = (retriever, ranker) if ranks else (retriever,)
-    split = Split(
-        front,
-        batch,
-        retrieve=_Hop(retriever, "retrieve", name),
-        similar=_Hop(retriever, "similar", name),
-        rank=_Hop(ranker, "rank", name) if ranks else None,
-        generations=[_Hop(handle, "holds", name) for handle in hops],
-    )
-    return Ingress(front, split)
-
-
-def _shipper(router: Router, pointer: Pointer, args: GraphArgs, hops: Sequence[Any]) -> Shipper:
+def _shipper(router: Router, pointer: KeptPointer, args: GraphArgs, hops: Sequence[Any]) -> Shipper:
     app, _ = own_name()
     names = ["Ingress", *(handle.deployment_name for handle in hops if handle is not None)]
     return Shipper(
@@ -299,6 +322,7 @@ def _shipper(router: Router, pointer: Pointer, args: GraphArgs, hops: Sequence[A
         counts=lambda: tallies_of(app, "Ingress"),
         band=args.canary,
         opened=lambda uri: _signed(open_artefact(place(uri), "bundle"), args),
+        shelf=pointer,
     )
 
 
@@ -340,24 +364,10 @@ def options_of(name: str, given: Mapping[str, Any], replicas: int = 2) -> dict[s
         lines = [line.strip() for line in str(error).splitlines()]
         raise ConfigError(": ".join(lines[1:3]) or lines[0], where=name) from None
     scaling = {"autoscaling_config": {**OPTIONS["autoscaling_config"], "max_replicas": replicas}}
-    made = {**OPTIONS, **scaling, **given}
+    made = {**OPTIONS, **COMING_IN.get(name, {}), **scaling, **given}
     if isinstance(given.get("num_replicas"), int):
         made.pop("autoscaling_config")
     return made
-
-
-def _token_digest(args: GraphArgs) -> str | None:
-    if args.token_digest is not None:
-        return args.token_digest
-    token = auth.find_token(token_file=args.token_file)
-    return None if token is None else auth.digest(token)
-
-
-def _admin_digest(args: GraphArgs) -> str | None:
-    if args.admin_token_digest is not None:
-        return args.admin_token_digest
-    token = auth.find_token(token_file=args.admin_token_file, env=auth.ADMIN_ENV)
-    return None if token is None else auth.digest(token)
 
 
 def running_http() -> Any | None:

@@ -26,6 +26,7 @@ with warnings.catch_warnings():
 
 SPACE = "recray"
 KEPT = 8  # versions before the newest
+SHELVES = 32  # generations' changes of items, before those that nobody names go
 TALK_S = 600.0  # what replicas may take to follow, loading included
 ASK_S = 5.0  # what they may take for anything else
 
@@ -35,6 +36,7 @@ class KeptPointer:
 
     def __init__(self, run: str, first: State) -> None:
         self._prefix, self._first = f"generations/{run}/", first
+        self._shelf = f"changes/{run}/"
 
     def read(self) -> State:
         """The state of the highest version."""
@@ -54,6 +56,21 @@ class KeptPointer:
         if not there and state.version > KEPT:
             internal_kv._internal_kv_del(self._key(state.version - KEPT), namespace=SPACE)
         return not there
+
+    def put(self, name: str, data: bytes) -> None:
+        """Keep the changes of a generation; see `items.Shelf`. Old ones go when there are many."""
+        internal_kv._internal_kv_put(self._shelf + name, data, True, namespace=SPACE)
+        keys = internal_kv._internal_kv_list(self._shelf, namespace=SPACE)
+        if len(keys) > SHELVES:
+            wanted = {self._shelf + one.name for one in self.read().resident} | {self._shelf + name}
+            for key in keys:
+                if (key.decode() if isinstance(key, bytes) else key) not in wanted:
+                    internal_kv._internal_kv_del(key, namespace=SPACE)
+
+    def get(self, name: str) -> bytes | None:
+        """What was kept for a generation."""
+        found: bytes | None = internal_kv._internal_kv_get(self._shelf + name, namespace=SPACE)
+        return found
 
     def _key(self, version: int) -> str:
         return f"{self._prefix}{version:010d}"

@@ -13,12 +13,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from recray import connect
-from recray.config import build
+from recray.config import build, parse_duration
 from recray.errors import ConfigError, InputError, RecrayError
 from recray.manifest import open_artefact
 from recray.progress import say
 from recray.serving import auth, process, profiles, settings
 from recray.serving.on_ray.graph import cluster, graph, machines, options_of, running_http, running_profile
+from recray.serving.on_ray.metrics import metrics_url
+from recray.serving.on_ray.scaling import declaration
 from recray.serving.profiles import Profile
 from recray.serving.settings import GraphArgs
 from recray.storage import place
@@ -29,6 +31,7 @@ with warnings.catch_warnings():
     from ray import serve
     from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
     from ray.serve.context import _get_global_client
+    from ray.serve.schema import ServeDeploySchema
 
 STOP_S = 30.0  # what Serve may take to stop
 
@@ -44,13 +47,15 @@ def serving(
     address: str | None = None,
     name: str = "recray",
     profile: Profile = "lite",
+    p99: str | None = None,
     state: str | None = None,
     feedback: str | None = None,
 ) -> Iterator[str]:
     """Serve a bundle for the length of the block; yields the base URL, ready to be asked.
 
     config: a Serve config whose args and deployment options count (its bundle, host and port do not).
-    port 0 takes a free one; profile: see `profiles`; state, feedback: see `GraphArgs`, before the file's own.
+    port 0 takes a free one; profile: see `profiles`; p99 ("50ms"), state, feedback: see `GraphArgs`, before
+    the file's own.
     Without a state one is kept for the length of the block. A cluster at `address` (or the process's own) is
     used, else one is started; where Serve runs already, this becomes one more application, under
     `/<name>`. All that was started is stopped at the end, also after Ctrl-C or SIGTERM.
@@ -68,7 +73,9 @@ def serving(
     if keeper is not None:
         args["admin_token_digest"] = auth.digest(keeper)
     auth.check_exposure(host, args.get("token_digest"))
-    args |= {key: value for key, value in (("state", state), ("feedback", feedback)) if value is not None}
+    p99_ms = None if p99 is None else 1e3 * parse_duration(p99, what="p99")
+    own = (("state", state), ("feedback", feedback), ("p99_ms", p99_ms))
+    args |= {key: value for key, value in own if value is not None}
     if "layout" not in args and {"Retriever", "Ranker"} & set(deployments):
         args["layout"] = "split"
     build(GraphArgs, args)
@@ -83,7 +90,9 @@ def serving(
         stack.enter_context(_quiet())
         root = stack.enter_context(_serve_on(host, port, args.get("token_digest"), profile))
         args = stack.enter_context(_with_state(args))
-        yield stack.enter_context(_application(graph(args, deployments, running_profile()), name, root))
+        app = graph(args, deployments, running_profile())
+        declared = declaration(args, deployments) if args.get("p99_ms") is not None else None
+        yield stack.enter_context(_application(app, name, root, declared))
 
 
 def run(
@@ -95,6 +104,7 @@ def run(
     token: str | None = None,
     address: str | None = None,
     profile: Profile = "lite",
+    p99: str | None = None,
     state: str | None = None,
     feedback: str | None = None,
 ) -> None:
@@ -102,9 +112,10 @@ def run(
     try:
         with serving(
             bundle, config=config, host=host, port=port, token=token, address=address, profile=profile,
-            state=state, feedback=feedback,
+            p99=p99, state=state, feedback=feedback,
         ) as url:  # fmt: skip
-            say(f"serving {bundle} at {url} (documentation at {url}/docs, Ctrl-C stops)")
+            also = f"documentation at {url}/docs, metrics at {metrics_url()}"
+            say(f"serving {bundle} at {url} ({also}, Ctrl-C stops)")
             threading.Event().wait()
     except KeyboardInterrupt:
         say("stopped")
@@ -175,7 +186,8 @@ def _shut_serve() -> None:
 
 
 @contextlib.contextmanager
-def _application(app: Any, name: str, root: str) -> Iterator[str]:
+def _application(app: Any, name: str, root: str, declared: dict[str, Any] | None = None) -> Iterator[str]:
+    """An application for the block: the one that is bound, or what is declared, which Serve builds itself."""
     taken = _get_global_client().get_serve_details()["applications"]
     prefixes = {details["route_prefix"] for details in taken.values()}
     name = next(n for n in (name, *(f"{name}-{i}" for i in range(2, 1000))) if n not in taken)
@@ -183,12 +195,11 @@ def _application(app: Any, name: str, root: str) -> Iterator[str]:
     url = root + prefix.rstrip("/")
     try:
         try:
-            serve.run(
-                app,
-                name=name,
-                route_prefix=prefix,
-                logging_config={"enable_access_log": False, "log_level": "WARNING"},
-            )
+            quiet = {"enable_access_log": False, "log_level": "WARNING"}
+            if declared is None:
+                serve.run(app, name=name, route_prefix=prefix, logging_config=quiet)
+            else:
+                _declare({**declared, "name": name, "route_prefix": prefix, "logging_config": quiet})
         except RuntimeError as error:
             status = serve.status().applications.get(name)
             raise RecrayError(f"the graph did not start: {_last_line(status, error)}", where=name) from None
@@ -196,6 +207,27 @@ def _application(app: Any, name: str, root: str) -> Iterator[str]:
         yield url
     finally:
         serve.delete(name)
+
+
+def _declare(declared: Mapping[str, Any]) -> None:
+    """Deploy one more application by a config, beside those that were; RuntimeError where it fails."""
+    client = _get_global_client()
+    others = client.get_serve_details()["applications"].values()
+    kept = [
+        one["deployed_app_config"]
+        for one in others
+        if one["deployed_app_config"] and one["status"] != "DELETING"
+    ]
+    client.deploy_apps(ServeDeploySchema.model_validate({"applications": [*kept, declared]}))
+    deadline, name = time.monotonic() + process.START_S, declared["name"]
+    while time.monotonic() < deadline:
+        told = serve.status().applications.get(name)
+        if told is not None and told.status == "DEPLOY_FAILED":
+            raise RuntimeError(told.message)
+        if told is not None and told.status == "RUNNING":
+            return
+        time.sleep(0.1)
+    raise RuntimeError(f"it is not there after {process.START_S:.0f} s")
 
 
 def _last_line(status: Any, error: Exception) -> str:
