@@ -11,9 +11,10 @@ spectral with 512 dims .2111 without sharpening, .2125 with .5 (both 200 neighbo
 GF-CF itself had .2077; bpr of 128 dims and reg .02, the hardest of 8 draws, .1878, of 16 .1948 (reg .05:
 .1785); ials of 128 dims .1427, .1657, .1772, .1801 with unobserved .1, .05, .02, .01, and with 256 and .02
 .1936 (reg .003; .01: .1534); ease of the 8,000 most popular items .1546, .1560, .1548, .1535 with reg 50,
-100, 200, 300, and .1562 where 400 weights of an item are kept and not 200 (all users); two-tower, told from all
-others by means, of 64 dims, 2,048 negatives and lr .001 .1872 after 20 epochs, of 128 dims, 1,024 negatives and
-table_lr .005 .1870 after 17, with temperature .15 behind it from the start (dropout .5 throughout).
+100, 200, 300, and .1562 where 400 weights of an item are kept and not 200 (all users); two-tower, told from
+all others by means, of 64 dims, 2,048 negatives and lr .001 .1872 after 20 epochs, of 128 dims, 1,024
+negatives and table_lr .005 .1870 after 17, with temperature .15 behind it from the start (dropout .5
+throughout).
 """
 
 from __future__ import annotations
