@@ -1,5 +1,9 @@
 """MovieLens-1M as NCF splits it: HR@10 and NDCG@10 of the held-out item among itself and 99 negatives.
 
+On a validation split cut from train (a random item a user, 99 random negatives; iALS .842/.605 there) neumf
+told from what came `before`, which here means nothing, had .554/.328; told from all `others` .772/.519
+after 12 epochs, still rising.
+
 The settings of iALS were the best of those tried on a validation split cut from train (reg .005 to .01,
 unobserved .2 to .4; 12 and 16 sweeps differ by less than the seeds do). The test split was seen twice: 12
 sweeps with seed 0 gave .7285/.4522, then 16 sweeps with three seeds, which is kept.

@@ -11,12 +11,14 @@ _LABELS = (
     "options.history=off",
     "options.max_len=1",  # neither of these two is used: they keep the reckoned memory true
     "options.negatives=1",
-    "options.dim=32",
-    "options.hidden=256,256",
-    "train.batch_size=2048",
-    "train.lr=0.001",
-    "train.table_lr=0.005",
-    "train.epochs=10",
+    "options.dim=16",
+    "options.hidden=400,400,400",
+    "options.norm=pair",
+    "options.init=0.01",
+    "options.dropout=0.2",
+    "options.unknown=0",
+    "train.batch_size=4096",
+    "train.table_l2=0.05",
 )
 TUNED: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> (recipe, changes)
     # MovieLens-1M as NCF splits it: 1.0 M interactions, no order
@@ -26,7 +28,16 @@ TUNED: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> (recipe, changes)
     ),
     "neumf@ml1m_ncf": (
         "neumf",
-        ("options.dim=64", "options.max_len=200", "train.batch_size=64", "train.lr=0.002", "train.epochs=20"),
+        (
+            "options.dim=64",
+            "options.history=others",
+            "options.max_len=300",
+            "options.negatives=64",
+            "train.batch_size=16",
+            "train.lr=0.002",
+            "train.table_lr=0.005",
+            "train.epochs=20",
+        ),
     ),
     # MovieLens-1M in order: 166 a user
     "sasrec@ml1m": ("sasrec", ("train.batch_size=128", "train.epochs=60", "train.patience=5")),
@@ -62,11 +73,11 @@ TUNED: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> (recipe, changes)
     # frappe: labelled rows, nine contexts, no history
     "dlrm@frappe": (
         "dlrm",
-        (*_LABELS, "options.dropout=0.5", "options.unknown=0.15", "train.weight_decay=6"),
+        (*_LABELS, "options.interaction=cat", "train.epochs=15"),
     ),
     "dcn@frappe": (
         "dcn",
-        (*_LABELS, "options.dropout=0.3", "options.structure=stacked", "train.weight_decay=6"),
+        (*_LABELS, "train.epochs=20"),
     ),
     # Amazon Scientific: 4 k items with text, 7 a user
     "content@scientific_text": ("content", ("options.dim=512", "options.decay=0.6")),
