@@ -10,14 +10,14 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from recray.serving import auth
-from recray.serving.items import ItemsRequest, parse_items
-from recray.serving.schema import ApiError
+from recray.serving.items import ItemsRequest
+from recray.serving.schema import ApiError, parse_body
 
 PREFIX = "/admin/"
 
@@ -100,14 +100,14 @@ def routes(
     """The routes. read: the decoded body of a request; told: a JSON answer."""
 
     async def ship(request: Request) -> Response:
-        ask = parse_ship(await read(request))
+        ask = parse_body(await read(request), ShipRequest)
         return told(await _whole(admin.ship(ask.bundle, ask.canary)))
 
     async def rollback(request: Request) -> Response:
         return told(await _whole(admin.rollback()))
 
     async def items(request: Request) -> Response:
-        return told(await _whole(admin.items(parse_items(await read(request)))))
+        return told(await _whole(admin.items(parse_body(await read(request), ItemsRequest))))
 
     async def generations(request: Request) -> Response:
         return told(await admin.generations())
@@ -124,18 +124,6 @@ async def _whole(work: Any) -> dict[str, Any]:
     """A step runs to its end, also when whoever asked for it hangs up."""
     made: dict[str, Any] = await asyncio.shield(asyncio.ensure_future(work))
     return made
-
-
-def parse_ship(body: object) -> ShipRequest:
-    """Validate a decoded body. Raises ApiError (422)."""
-    try:
-        return ShipRequest.model_validate(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(["body", *(str(step)[:100] for step in first["loc"])])
-        unknown = first["type"] == "extra_forbidden"
-        words = "no such field" if unknown else first["msg"]
-        raise ApiError(422, "unknown_field" if unknown else "invalid_value", words, where) from None
 
 
 def document(described: dict[str, Any]) -> None:

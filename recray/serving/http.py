@@ -86,7 +86,7 @@ def build_asgi(
         return Response(_told(request.scope["state"], reply), media_type="application/json")
 
     async def events(request: Request) -> Response:
-        ask = schema.parse_events(await _json_body(request.scope, request.receive))
+        ask = schema.parse_body(await _json_body(request.scope, request.receive), schema.EventsRequest)
         if users is None:
             raise ApiError(404, "no_state", "this server keeps no events; start it with --state")
         request_id = request.scope["state"]["request_id"]

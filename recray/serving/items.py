@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterable
 from typing import Annotated, Any, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from recray.bundles.changes import Added, Changes
 from recray.errors import ArtefactError
@@ -71,18 +71,6 @@ class ItemsRequest(_Strict):
             "restore": self.restore,
             "add": [one.model_dump(exclude_none=True) for one in self.add],
         }
-
-
-def parse_items(body: object) -> ItemsRequest:
-    """Validate a decoded body. Raises ApiError (422)."""
-    try:
-        return ItemsRequest.model_validate(body)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(["body", *(str(step)[:100] for step in first["loc"])])
-        unknown = first["type"] == "extra_forbidden"
-        words = "no such field" if unknown else first["msg"]
-        raise ApiError(422, "unknown_field" if unknown else "invalid_value", words, where) from None
 
 
 def with_items(one: Generation, changes: Changes) -> Generation:

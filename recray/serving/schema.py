@@ -193,7 +193,7 @@ class SimilarQuery(_Strict):
     k: int = Field(10, ge=1, le=MAX_K)
 
 
-Query = TypeVar("Query", bound=SimilarQuery)
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class Item(BaseModel):
@@ -238,18 +238,15 @@ def parse_recommend(body: object) -> RecommendRequest:
         raise ApiError(422, "invalid_value", "the body must be a JSON object", "body")
     if _is_plain(body):
         return _PLAIN.model_copy(update={"exclude": [], "pin": [], **body})
-    try:
-        return RecommendRequest.model_validate(body)
-    except ValidationError as error:
-        raise _refusal(error, body, "body") from None
+    return parse_body(body, RecommendRequest)
 
 
-def parse_events(body: object) -> EventsRequest:
+def parse_body(body: object, model: type[Model]) -> Model:
     """Validate a decoded JSON body. Raises ApiError (422)."""
     if not isinstance(body, dict):
         raise ApiError(422, "invalid_value", "the body must be a JSON object", "body")
     try:
-        return EventsRequest.model_validate(body)
+        return model.model_validate(body)
     except ValidationError as error:
         raise _refusal(error, body, "body") from None
 
@@ -280,7 +277,7 @@ def parse_similar(query: Mapping[str, str]) -> SimilarQuery:
     return parse_query(query, SimilarQuery)
 
 
-def parse_query(query: Mapping[str, str], model: type[Query]) -> Query:
+def parse_query(query: Mapping[str, str], model: type[Model]) -> Model:
     """Validate a query string. Raises ApiError (422)."""
     values: dict[str, Any] = dict(query)
     if "k" in values:
@@ -305,6 +302,8 @@ def _refusal(error: ValidationError, given: Any, root: str) -> ApiError:
         except (KeyError, IndexError, TypeError):
             break
         where += f".{str(step)[:MAX_ID]}"
+    if first["type"] == "missing":
+        where += f".{first['loc'][-1]}"
     message = "no such field" if unknown else first["msg"]
     return ApiError(422, "unknown_field" if unknown else "invalid_value", message, where)
 

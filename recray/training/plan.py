@@ -6,7 +6,7 @@ is w bytes in memory and v on the wire. What a step does to a table, and what it
     dedupe    n ids are put in order, and found in it           n 2 id_s
     gather    u rows are read at random, copied to n places     u (row_s + 2 D w/b) + n 12 D/b
     sum       n gradients are added up into u                   n (id_s/2 + 8 D/b)
-    update    u rows (all N/W after a full softmax)             u (reads row_s + 4 D passes/b)
+    update    u rows (all N/W: full softmax, penalty)           u (reads row_s + 4 D passes/b)
     wire      what is not local: ids, rows, gradients           (W-1)/W u (8 + 2 D v)/wire + latency
     softmax   P positions score N/W rows, and back              P N/W (6 D/flops + 144/b)
     dense     the network and what it keeps to go back          flops, 24 activations/b, calls call_s
@@ -56,6 +56,7 @@ class TableWork:
     lookups: float  # ids a step
     distinct: float = 1.0  # share of a rank's ids of a step that are distinct
     scored: float = 0.0  # positions a step that are scored against all rows (full softmax)
+    penalized: bool = False  # every row is stepped on (`train.table_l2`)
     dtype: Float = "f32"
     optimizer: Literal["sgd", "adagrad", "adam"] = "adam"
 
@@ -213,8 +214,10 @@ def _memory(work: Work, ranks: int) -> dict[str, int]:
         made["step"] += n * (64 + 8 * t.dim)
         # rows as they came, gradients as they are kept, an update's state; both in the wire's type, twice
         made["step"] += n * work.accumulate * t.dim * (20 + 4 * FLOAT[work.wire])
-        if t.scored:  # states of all ranks and their gradients; gradients of all rows; logits
-            made["step"] += t.scored * work.largest * t.dim * 16 + held * t.dim * 4 + 12 * LOGITS
+        if t.scored:  # states of all ranks and their gradients; logits
+            made["step"] += t.scored * work.largest * t.dim * 16 + 12 * LOGITS
+        if t.scored or t.penalized:  # gradients of all rows
+            made["step"] += held * t.dim * 4
     made["step"] += 2 * work.activations * work.largest / ranks  # with their gradients
     made["dense"] = DENSE * work.dense
     made["process"] = PROCESS
@@ -248,7 +251,7 @@ def _seconds(work: Work, ranks: int, machine: Machine, sent: Mapping[str, int]) 
         made["gather"] += n * 12 * t.dim / m.bandwidth
         made["sum"] += (n + owned) * (m.id_s / 2 + 8 * t.dim / m.bandwidth)
         rounding = ROUNDING * (t.dtype == "bf16")
-        if t.scored:
+        if t.scored or t.penalized:
             made["update"] += held * 4 * t.dim * (PASSES_ALL[t.optimizer] + rounding) / m.bandwidth
         else:
             a_row = 4 * t.dim * (PASSES[t.optimizer] + rounding) / m.bandwidth

@@ -63,6 +63,7 @@ def recipe_work(recipe: Recipe, catalogue: Catalogue, *, ranks: int = 1, data: D
                     rows if counts is None or len(counts) != rows else counts, lookups / ranks
                 ),
                 scored=positions if full and of_items else 0.0,
+                penalized=train.table_l2 > 0,
                 dtype=train.table_dtype,
                 optimizer=train.table_optimizer,
             )

@@ -18,10 +18,10 @@ from recray.serving import client, items, parity
 from recray.serving.generations import Generation, State
 from recray.serving.http import build_asgi
 from recray.serving.ingress import Fused, Ingress
-from recray.serving.items import carried, changes_of, parse_items, to_bytes, with_items
+from recray.serving.items import ItemsRequest, carried, changes_of, to_bytes, with_items
 from recray.serving.resident import Ack, Resident
 from recray.serving.router import Router
-from recray.serving.schema import ApiError
+from recray.serving.schema import ApiError, parse_body
 from recray.serving.settings import Batch
 from recray.serving.shipping import Shipper
 from tests.serving_bundles import small_bundle
@@ -221,7 +221,7 @@ def test_changes_do_not_grow_without_end(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_numbers_are_ids_too() -> None:
-    asked = parse_items({"withdraw": [7, "b"], "add": [{"item": 9, "like": [7]}]}).plain()
+    asked = parse_body({"withdraw": [7, "b"], "add": [{"item": 9, "like": [7]}]}, ItemsRequest).plain()
     assert asked["withdraw"] == ["7", "b"]
     assert asked["add"] == [{"item": "9", "like": ["7"], "features": {}}]
 

@@ -174,6 +174,9 @@ def test_a_full_softmax_costs_its_products_and_touches_every_row() -> None:
     assert full.seconds["softmax"] == pytest.approx(products, rel=0.1)
     assert sampled.seconds["softmax"] == 0
     assert full.seconds["update"] > 5 * sampled.seconds["update"]
+    held = make_plan(one(penalized=True), 2, slow)  # a penalty steps on every row, and scores none
+    assert (held.seconds["update"], held.seconds["softmax"]) == (full.seconds["update"], 0)
+    assert held.memory["step"] - sampled.memory["step"] == 10**6 / 2 * 64 * 4
 
 
 def test_a_billion_rows_on_machines_we_do_not_have() -> None:
@@ -265,6 +268,7 @@ def test_a_recipe_says_what_its_step_asks(ring: Dataset) -> None:
     upper = recipe_work(recipe("sasrec"), Catalogue(10**6, {}))
     (table,) = upper.tables
     assert (table.name, table.rows, table.dim, table.optimizer) == ("item", 10**6, 64, "adam")
+    assert recipe_work(recipe("sasrec", ["train.table_l2=0.1"]), Catalogue(9, {})).tables[0].penalized
     assert table.lookups == table.scored == 64 * 50
     assert upper.largest == 1
     known = dataset_work(recipe("sasrec"), ring)
