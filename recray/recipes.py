@@ -24,6 +24,7 @@ class Train:
     weight_decay: float = 0.0
     clip_norm: float = 5.0  # of the dense part's gradient; 0 = no clipping
     warmup_steps: int = 100
+    schedule: Literal["constant", "cosine"] = "constant"  # cosine: each epoch slower, the last near nothing
     patience: int = 3  # epochs without a better validation metric before stopping; 0 = never stop
     metric: str = "ndcg@10"  # measured on the validation split after each epoch
     valid_users: int = 5000  # at most so many users are asked each epoch; 0 = none

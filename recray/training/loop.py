@@ -282,14 +282,21 @@ class _Run:
             for table in self.tables.values():
                 table.forget()
             return mean if not math.isfinite(mean) else norm
-        step = self.position.step + 1
-        share = min(1.0, step / max(train.warmup_steps, 1))
+        step, share = self.position.step + 1, self._rate()
         for param_group in self.optimizer.param_groups:
             param_group["lr"] = train.lr * share
         self.optimizer.step()
         for table in self.tables.values():
             table.step((train.table_lr or train.lr) * share, batches=len(group), number=step)
         return mean
+
+    def _rate(self) -> float:
+        """The share of the learning rates that the next step takes."""
+        train, position = self.train, self.position
+        warm = min(1.0, (position.step + 1) / max(train.warmup_steps, 1))
+        if train.schedule == "constant":
+            return warm
+        return warm * (1 + math.cos(math.pi * position.epoch / train.epochs)) / 2
 
     def _against(self, batch: Any) -> None:
         """Add the gradients of the batch's loss at perturbed rows, see adversarial.py."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,23 @@ def test_clipping_and_warmup_act() -> None:
     for change in ({"warmup_steps": 1000}, {"clip_norm": 1e-9}):
         other = weights(run(replace(TRAIN, epochs=1, lr=0.1, **change))[0])  # type: ignore[arg-type]
         assert any(not torch.equal(plain[k], other[k]) for k in plain), change
+
+
+def test_a_cosine_starts_at_the_rates_and_ends_near_nothing() -> None:
+    slowing = replace(TRAIN, schedule="cosine", epochs=8)
+    model, after, losses = new(), [], []
+
+    def keep(report: EpochReport | None, state: State) -> None:
+        if report is not None:
+            losses.append(report.loss)
+            after.append(torch.cat([p.detach().flatten().clone() for p in model.parameters()]))
+
+    fit(model, FakeData(), slowing, report=keep)  # type: ignore[arg-type]
+    _, constant, _ = run(replace(slowing, schedule="constant"))
+    assert losses[0] == constant[0].loss
+    assert losses[2:] != [report.loss for report in constant[2:]]
+    moved = [float((late - early).abs().max()) for early, late in pairwise(after)]
+    assert moved[-1] < 0.2 * moved[0]
 
 
 def test_bf16_learns_and_keeps_f32_weights() -> None:
