@@ -18,7 +18,9 @@ _LABELS = (
     "options.dropout=0.2",
     "options.unknown=0",
     "train.batch_size=4096",
-    "train.table_l2=0.05",
+    "train.table_l2=0.07",
+    "train.schedule=cosine",
+    "train.epochs=20",
 )
 TUNED: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> (recipe, changes)
     # MovieLens-1M as NCF splits it: 1.0 M interactions, no order
@@ -73,11 +75,11 @@ TUNED: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> (recipe, changes)
     # frappe: labelled rows, nine contexts, no history
     "dlrm@frappe": (
         "dlrm",
-        (*_LABELS, "options.interaction=cat", "train.epochs=15"),
+        (*_LABELS, "options.interaction=cat"),
     ),
     "dcn@frappe": (
         "dcn",
-        (*_LABELS, "train.epochs=20"),
+        _LABELS,
     ),
     # Amazon Scientific: 4 k items with text, 7 a user
     "content@scientific_text": ("content", ("options.dim=512", "options.decay=0.6")),

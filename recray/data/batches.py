@@ -78,6 +78,17 @@ class Negatives:
     uniform_share: float = 0.0
 
 
+def owned(rows_BL: NDArray[np.int64], negatives_S: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which negatives lie in each window, bool[B, S]."""
+    distinct, places_S = np.unique(negatives_S, return_inverse=True)
+    found_BL = np.searchsorted(distinct, rows_BL)
+    found_BL[found_BL == len(distinct)] = 0
+    there = distinct[found_BL] == rows_BL
+    marks = np.zeros((len(rows_BL), len(distinct)), bool)
+    marks[np.nonzero(there)[0], found_BL[there]] = True
+    return marks[:, places_S]
+
+
 def generator(*words: int) -> np.random.Generator:
     """A generator that depends on these whole numbers and nothing else."""
     return np.random.default_rng(np.random.SeedSequence([w & 0xFFFFFFFF for w in words]))

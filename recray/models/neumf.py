@@ -9,7 +9,8 @@ newest first (k = 0, 1, ...), q the candidate's and G pooling groups of the dime
 
 `p_0` is what an empty history gets and lets `q_gmf` hold an item bias. Each branch has its own tables.
 In training a target sees only the interactions before it, never itself; where a log has no order that means
-anything, all `others` of the user's window but itself, and no forgetting is learned.
+anything, all `others` of the user's window but itself: no forgetting is learned, and nothing of the window is
+a negative.
 
 Shapes: B users, L history items, C candidates, D dims, G groups, T positions of a sequence, S negatives.
 """
@@ -26,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from recray.data.batches import owned
 from recray.data.sequences import Histories
 from recray.errors import ConfigError
 from recray.models.base import Catalogue, Context, seeded
@@ -139,13 +141,24 @@ class NeuMF(TrainedRanker):
             own = net.pairs(p_gmf_PD, p_mlp_PE, gmf(own_PC), mlp(own_PC))
             shared = net.pairs(p_gmf_PD, p_mlp_PE, gmf(shared_S), mlp(shared_S))
         negatives = torch.cat([shared, own[:, 1:]], 1)
-        return self.contrast(own[:, 0], negatives, sequence.log_q, sequence.weights, sequence.positions)
+        return self.contrast(
+            own[:, 0], negatives, self._log_q(sequence), sequence.weights, sequence.positions
+        )
 
     def _read(self, batch: RankerBatch) -> NDArray[np.int64]:
         """The inputs, or all of the window, [B, L + 1]."""
         if self.config.history == "before":
             return batch.inputs
         return np.concatenate([batch.inputs[:, :1], batch.targets], axis=1)
+
+    def _log_q(self, batch: RankerBatch) -> NDArray[np.float32]:
+        """The batch's, [P, M], infinite too for what a user told from all her others has."""
+        if self.config.history == "before":
+            return batch.log_q
+        log_q_PM, users_P = batch.log_q.copy(), np.nonzero(batch.targets >= 0)[0]
+        shared_PS = log_q_PM[:, : len(batch.negatives)]
+        shared_PS[owned(self._read(batch), batch.negatives)[users_P]] = np.inf
+        return log_q_PM
 
     def _pooled(self, pool: Pool, x_BLD: Tensor, read_BL: Tensor, real_BT: Tensor) -> Tensor:
         """What each real target is told from, [P, D]."""
@@ -158,9 +171,10 @@ class NeuMF(TrainedRanker):
     def inputs(
         self, histories: Histories, candidates: NDArray[np.int64], context: Context | None = None
     ) -> tuple[Tensor, ...]:
-        rows_BL = torch.from_numpy(newest_first(histories, self.config.max_len)).to(self.device)
-        rows_BC = torch.from_numpy(candidates).to(self.device)
-        given = torch.from_numpy(self.given_context(context, len(histories))).to(self.device)
+        device = self.device
+        rows_BL = torch.from_numpy(newest_first(histories, self.config.max_len)).to(device)
+        rows_BC = torch.from_numpy(candidates).to(device)
+        given = torch.from_numpy(self.given_context(context, len(histories))).to(device)
         t: Any = self.tables
         return (
             t["history_gmf"](rows_BL),

@@ -129,6 +129,9 @@ class Sequential(Retriever):
             negatives_S = torch.from_numpy(batch.negatives).to(device)
             log_q_S = torch.from_numpy(batch.log_q).to(device)
             positive_P, negative_PS = self.scores(states, targets_P, negatives_S)
+            owned_PS = self.owned(batch)
+            if owned_PS is not None:
+                negative_PS = negative_PS.masked_fill(owned_PS, -torch.inf)
             summed = sampled_softmax(positive_P, negative_PS, targets_P, negatives_S, log_q_S)
             others_PS = negative_PS - log_q_S
         if self.lesson is not None:
@@ -153,6 +156,10 @@ class Sequential(Retriever):
     def read(self, batch: SequenceBatch) -> NDArray[np.int64]:
         """The rows that the states are made of, [B, L]."""
         return batch.inputs
+
+    def owned(self, batch: SequenceBatch) -> Tensor | None:
+        """Which negatives are none to a position since its user has them, bool[P, S]."""
+        return None
 
     def embedded(self, rows: Tensor) -> Tensor:
         """What the network is told of items, float32[..., D]."""
@@ -209,7 +216,8 @@ class Sequential(Retriever):
         histories = histories.known()
         longest = int(histories.lengths.max(initial=0))
         rows, lengths = histories.padded(max(1, min(longest, self.config.max_len)))
-        return torch.from_numpy(rows).to(self.device), torch.from_numpy(lengths).to(self.device)
+        device = self.device
+        return torch.from_numpy(rows).to(device), torch.from_numpy(lengths).to(device)
 
     @torch.inference_mode()
     def encode(self, histories: Histories) -> Tensor:

@@ -11,7 +11,8 @@ from the batch with the log-Q correction and for normalized vectors with a tempe
 worked out ahead: `item_vectors()` is what an index holds.
 
 In training a target's history is what came `before` it, or, where a log has no order that means anything,
-all `others` of the user's window but itself.
+all `others` of the user's window but itself. No item of the window then is a negative: what a user has is
+no answer either when she asks, and it is nearest to what she is told from.
 
 Shapes: B users, L items of a history, T targets of a window, D dims, F category columns, G numbers,
 S negatives, P positions, N items.
@@ -27,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from recray.data.batches import Sampling, SequenceBatch
+from recray.data.batches import Sampling, SequenceBatch, owned
 from recray.data.item_features import item_features, vocabulary_of
 from recray.data.sequences import PAD
 from recray.errors import ConfigError
@@ -195,6 +196,12 @@ class TwoTower(Sequential):
         targets_BT = torch.from_numpy(batch.targets).to(self.device)
         others_BTL = (rows_BL >= 0).unsqueeze(1) & (rows_BL.unsqueeze(1) != targets_BT.unsqueeze(2))
         return self.network.users(x_BLD, others_BTL)
+
+    def owned(self, batch: SequenceBatch) -> Tensor | None:
+        if self.config.history == "before":
+            return None
+        users_P = np.nonzero(batch.targets >= 0)[0]
+        return torch.from_numpy(owned(self.read(batch), batch.negatives)[users_P]).to(self.device)
 
     def full_softmax(self, states: Tensor, targets_P: Tensor) -> Tensor:
         return full_softmax(states, self.item_vectors(), targets_P)

@@ -10,7 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recray.data.batches import Negatives, SequenceBatch, Windows, chances, sequence_batches, steps, windows
+from recray.data.batches import (
+    Negatives,
+    SequenceBatch,
+    Windows,
+    chances,
+    owned,
+    sequence_batches,
+    steps,
+    windows,
+)
 from recray.data.sequences import Histories
 
 users = st.lists(st.lists(st.integers(0, 9), max_size=12), max_size=12)
@@ -207,3 +216,10 @@ def test_chances_are_uniform_and_belong_to_their_place() -> None:
     np.testing.assert_allclose(share, 0.1, atol=0.01)
     assert abs(np.corrcoef(made.ravel(), chances(at, 1, 3).ravel())[0, 1]) < 0.05
     assert abs(np.corrcoef(made.ravel()[1:], made.ravel()[:-1])[0, 1]) < 0.05
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_owned_negatives_are_found(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows, drawn = rng.integers(-1, 12, (4, 6)), rng.integers(0, 15, 9)
+    assert np.array_equal(owned(rows, drawn), (rows[:, :, None] == drawn).any(axis=1))
