@@ -46,7 +46,7 @@ def waiting(data: Dataset, turns: int) -> Row:
     model = build_model(asked.model, Catalogue(data.n_items, data.context_sizes), asked.options)
     model.train()
     size = asked.train.batch_size
-    ways: dict[str, Callable[[Iterator[Any]], Iterator[Any]]] = {"ahead": feed.prefetched, "asked": iter}
+    ways: dict[str, Callable[[Iterator[Any]], Iterator[Any]]] = {"ahead": feed.Prefetched, "asked": iter}
     found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
     data.histories("train")  # decoded once a run, and not by a step
     _profile(model, model.batches(data, batch_size=size, epoch=0, seed=0, rank=0, world=1))  # warm-up

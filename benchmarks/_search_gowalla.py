@@ -158,7 +158,7 @@ def ours(asked: Asked) -> Ran:
     """Parts, then whole trials until the time is up."""
     limits = Limits(p99=asked.corner[1], size=asked.corner[2])
     hashes = {"dataset": asked.data.artefact.hash, "checkpoint": asked.retriever.hash}
-    tried = replace(asked.tried, pieces=str(_made(asked.folder / "pieces")))
+    tried = replace(asked.tried, pieces=_made(asked.folder / "pieces"))
     start, until = time.time(), time.monotonic() + asked.seconds
     seeded = replace(tried, seed=asked.seed)  # of the searcher; trials are of the same users
     work = Work(
@@ -233,7 +233,7 @@ def _tuned(asked: Asked, pieces: bool, **more: Any) -> Ran:
     """Ray Tune for the seconds, one trial at a time, its actor reused; a trial that fails is worst of all."""
     from ray import tune
 
-    tried = replace(asked.tried, pieces=str(_made(asked.folder / "pieces")) if pieces else None)
+    tried = replace(asked.tried, pieces=_made(asked.folder / "pieces") if pieces else None)
     objective = Logged(tried, str(asked.folder / "log"))
     worst = {METRIC: 0.0, "p99": 10 * asked.corner[1], "bytes": 10 * asked.corner[2]}
 

@@ -21,7 +21,7 @@ from recray.serving.http import build_asgi
 from recray.serving.ingress import Fused, Ingress
 from recray.serving.settings import Batch
 
-LIMIT_MS = 1.5  # a request at 16 together, models and Python
+LIMIT_MS = 1.5  # a request at 16 or more together, models and Python
 
 
 def inside_rows(quick: bool) -> Iterator[Row]:
@@ -32,7 +32,7 @@ def inside_rows(quick: bool) -> Iterator[Row]:
         for ranker in ("neumf", "dlrm"):
             with tempfile.TemporaryDirectory(prefix="recray-bench-") as scratch:
                 bundle = make_bundle(Path(scratch), ranker)
-                for size in (1, 16):
+                for size in (1, 16, 64):
                     yield _row(bundle, ranker, size, 10 if quick else 50)
     finally:
         torch.set_num_threads(before)

@@ -133,12 +133,12 @@ def evaluate(
 
     Example: `recray.evaluate("runs/sasrec", baseline="runs/popularity").means["ndcg@10"]`
     """
-    measured = open_any(artefact, "checkpoint", "bundle")
+    measured = open_any(artefact, "checkpoint", "bundle", verify=False)
     dataset = open_data(data, measured)
     report = composing.measure(measured, dataset, split)
     if baseline is None:
         return report
-    other = composing.measure(open_any(baseline, "checkpoint", "bundle"), dataset, split, beyond=False)
+    other = composing.measure(baseline, dataset, split, beyond=False)
     differences = {name: report.against(other, name) for name in other.values}
     return dataclasses.replace(report, differences=differences)
 
@@ -341,12 +341,12 @@ def serve(
     from recray.serving import auth
 
     found = auth.find_token(token, None if token_file is None else os.fspath(token_file))
-    where, given = open_any(bundle, "bundle").place.uri, None if config is None else os.fspath(config)
+    where = open_any(bundle, "bundle", verify=False).place.uri
     from recray.serving.on_ray import run
 
     run(
-        where, config=given, host=host, port=port, token=found, address=address, profile=profile,
-        p99=p99, state=state, feedback=feedback)  # fmt: skip
+        where, host=host, port=port, token=found, address=address, profile=profile, p99=p99, state=state,
+        feedback=feedback, config=None if config is None else os.fspath(config))  # fmt: skip
 
 
 def demo(out: Where = "demo-out", *, quick: bool = False) -> dict[str, Any]:

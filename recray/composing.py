@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -56,10 +55,11 @@ def open_bundle(source: Source | Bundle) -> Bundle:
     return opened(source.place if isinstance(source, Artefact) else source)
 
 
-def open_any(source: Any, *kinds: str) -> Artefact:
-    """Opened and every hash checked; an opened Dataset or Bundle gives its own."""
+def open_any(source: Any, *kinds: str, verify: bool = True) -> Artefact:
+    """Opened, with `verify` every hash checked; an opened Dataset or Bundle gives its own."""
     source = getattr(source, "artefact", source)
-    return manifest.open_artefact(source.place if isinstance(source, Artefact) else source, *kinds)
+    where = source.place if isinstance(source, Artefact) else source
+    return manifest.open_artefact(where, *kinds, verify=verify)
 
 
 def target(out: Where | None, kind: str, *after: Any) -> storage.Place:
@@ -76,13 +76,16 @@ def target(out: Where | None, kind: str, *after: Any) -> storage.Place:
     return where
 
 
-def measure(artefact: Artefact, dataset: Dataset, split: str, *, beyond: bool = True) -> Report:
+def measure(source: Source | Bundle, dataset: Dataset, split: str, *, beyond: bool = True) -> Report:
     """A checkpoint by full ranking, or a bundle as it is served, on one split of a dataset.
 
     A ranker that was trained on labels is measured by them: "auc", and "logloss" of each interaction.
     """
     from recray import evaluation
 
+    artefact = open_any(source, "checkpoint", "bundle", verify=False)
+    if artefact.manifest.kind == "checkpoint":
+        open_any(artefact)  # a bundle's hashes are checked when it is opened to be asked
     if not dataset.has_split(split):
         raise InputError(f"has no {split} split", where=dataset.artefact.place, fix="prepare it with one")
     if artefact.manifest.recipe.get("options", {}).get("loss") == "labels":
@@ -235,8 +238,8 @@ def _http_share(
     name = cache.hash({"profile": profile})
     for kept in cache.load():
         return kept.metrics["seconds"]
-    with tempfile.TemporaryDirectory(prefix="recray-http-") as scratch:
-        bundle = build(os.path.join(scratch, "bundle"), retriever, ranker, data)
+    with storage.scratch() as folder:
+        bundle = build(folder / "bundle", retriever, ranker, data)
         users = data.users.ids_of(np.arange(min(HTTP_USERS, data.n_users)))
         alone = []
         for user in [*users[:20], *users]:

@@ -117,14 +117,14 @@ class Beyond:
     vectors: NDArray[np.float32] | None = None
 
 
-def beyond_of(data: Dataset, category: str = "category") -> Beyond:
+def beyond_of(data: Dataset) -> Beyond:
     """From a dataset: popularity over its training split, and diversity by its category column if any."""
     seen = data.histories("train").to_csr(data.n_items)
     users = np.asarray(seen.getnnz(axis=0), dtype=np.int64)
     features = data.item_features
     vectors = None
-    if features is not None and category in features.column_names:
-        codes = features.column(category).combine_chunks().dictionary_encode().indices.fill_null(-1)
+    if features is not None and "category" in features.column_names:
+        codes = features.column("category").combine_chunks().dictionary_encode().indices.fill_null(-1)
         vectors = beyond.one_hot(codes.to_numpy(zero_copy_only=False).astype(np.int64))
     return Beyond(beyond.self_information(users, len(data.histories("train"))), vectors)
 

@@ -13,15 +13,13 @@ import hashlib
 import hmac
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from recray.errors import ArtefactError, InputError
-from recray.storage import MANIFEST, Place, place, staged
+from recray.storage import MANIFEST, Place, place, scratch, staged
 
 FORMAT = 1
 SIGNATURE = "manifest.sig"  # beside the manifest, where a key was set when it was written
@@ -71,18 +69,15 @@ class Artefact:
         if not self.place.remote:
             yield self.place.local
             return
-        scratch = Path(tempfile.mkdtemp(prefix="recray-"))
-        try:
+        with scratch() as folder:
             for name in (*self.manifest.files, MANIFEST):
-                goal = scratch / name
+                goal = folder / name
                 goal.parent.mkdir(parents=True, exist_ok=True)
                 goal.write_bytes((self.place / name).read_bytes())
-            copy = Artefact(place(scratch), self.manifest)
+            copy = Artefact(place(folder), self.manifest)
             for name in self.manifest.files:
                 check_file(copy, name)
-            yield scratch
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            yield folder
 
 
 def write_artefact(

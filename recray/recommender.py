@@ -23,11 +23,11 @@ from recray.models.base import Context, Model, Ranker, Retriever
 from recray.models.why import Reasons, spread, together, why
 from recray.retrieval.arrange import Groups, Rules, arranged, fill
 from recray.retrieval.delta import Delta
-from recray.retrieval.index import Found, Index, build_index, ordered
+from recray.retrieval.index import Found, Index, build_index, longest, ordered, without
 from recray.retrieval.lists import Candidates as Candidates
 from recray.retrieval.lists import Ranked as Ranked
 from recray.retrieval.lists import Source as Source
-from recray.retrieval.lists import merged, standard, top_rows, without
+from recray.retrieval.lists import merged, standard, top_rows
 
 CELLS = 1 << 24  # scores of a model without vectors that are held at a time: 64 MB
 
@@ -106,11 +106,13 @@ class Recommender:
         allowed: bool[N], the items that a filter leaves. Users without a known item in their
         history get the most popular.
         """
-        b = len(histories)
         allowed = allowed if self.delta is None else self.delta.left(allowed)
-        scores = np.full((b, count), -np.inf, np.float32)
-        rows = np.full((b, count), -1, np.int64)
         known_B = _known(histories)
+        if known_B.all() and len(known_B):
+            scores, rows = self._found(histories, count, exclude, allowed)
+            return Candidates(rows, scores)
+        scores = np.full((len(histories), count), -np.inf, np.float32)
+        rows = np.full((len(histories), count), -1, np.int64)
         for at, find in ((known_B, self._found), (~known_B, self._popular)):
             users = np.flatnonzero(at)
             if len(users):
@@ -132,11 +134,11 @@ class Recommender:
         known_B = _known(histories)
         if self.ranker is None or self.blend == 1.0 or not known_B.any() or not candidates.rows.shape[1]:
             return candidates.scores
-        users = np.flatnonzero(known_B)
+        users = slice(None) if known_B.all() else np.flatnonzero(known_B)
         rows = candidates.rows[users]
         asked = {name: values[users] for name, values in (context or {}).items()}
         given, counted = rows >= 0, self._told(rows)
-        scores_BC = self._score(histories.take(users), rows, asked)
+        scores_BC = self._score(histories if known_B.all() else histories.take(users), rows, asked)
         if self.delta is not None:
             mean = np.where(counted, scores_BC, 0).sum(axis=1) / np.maximum(counted.sum(axis=1), 1)
             scores_BC = np.where(given & ~counted, mean[:, None], scores_BC).astype(np.float32)
@@ -144,8 +146,8 @@ class Recommender:
             if candidates.extra:
                 counted = counted & (np.arange(rows.shape[1]) < rows.shape[1] - candidates.extra)
             share = np.float32(self.blend)
-            mixed = (1 - share) * standard(scores_BC, given, counted)
-            mixed += share * standard(candidates.scores[users], given, counted)
+            ranked, found = standard(np.stack([scores_BC, candidates.scores[users]]), given, counted)
+            mixed = (1 - share) * ranked + share * found
             scores_BC = np.where(given, mixed, -np.inf).astype(np.float32)
         final = candidates.scores.copy()
         final[users] = scores_BC
@@ -320,10 +322,12 @@ class Recommender:
     ) -> Found:
         if self.index is None:
             return self._scanned(histories, count, barred, allowed)
-        reach = min(self.n_items, count + _longest(barred))
         query_BKD = self._encode(histories)
         b, kinds, dim = query_BKD.shape
         query_BD = query_BKD.reshape(b * kinds, dim)
+        if kinds == 1 and self.delta is None:
+            return self.index.search_without(query_BD, count, barred, allowed)
+        reach = min(self.n_items, count + longest(barred))
         scores, rows = _searched(self.delta, self.index, query_BD, reach, allowed)
         if kinds > 1:
             scores, rows = merged(scores.reshape(b, -1), rows.reshape(b, -1))
@@ -354,7 +358,7 @@ class Recommender:
     ) -> Found:
         """Retrieval by a model that scores the whole catalogue."""
         step = max(1, CELLS // max(self.n_items, 1))
-        reach = min(self.n_items, count + _longest(barred))
+        reach = min(self.n_items, count + longest(barred))
         shut = None if allowed is None else torch.from_numpy(~allowed)
         parts: list[Found] = []
         for start in range(0, len(histories), step):
@@ -370,7 +374,7 @@ class Recommender:
         self, histories: Histories, count: int, barred: Histories | None, allowed: NDArray[np.bool_] | None
     ) -> Found:
         rows = self._popular_rows if allowed is None else self._popular_rows[allowed[self._popular_rows]]
-        rows_BC = np.tile(rows[: count + _longest(barred)], (len(histories), 1))
+        rows_BC = np.tile(rows[: count + longest(barred)], (len(histories), 1))
         return without((self.popularity[rows_BC], rows_BC), barred, count)
 
 
@@ -389,9 +393,5 @@ def _alone(model: Model) -> bool:
 
 def _known(histories: Histories) -> NDArray[np.bool_]:
     """bool[B]: whether a user's history names any item of the catalogue."""
-    owner = np.repeat(np.arange(len(histories)), histories.lengths)
-    return np.bincount(owner, histories.items >= 0, minlength=len(histories)) > 0
-
-
-def _longest(barred: Histories | None) -> int:
-    return 0 if barred is None else int(barred.lengths.max(initial=0))
+    known: NDArray[np.bool_] = histories.known().lengths > 0
+    return known

@@ -7,9 +7,7 @@ with the feedback in it, and the checkpoints that were trained on.
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from recray import config, manifest, recipes, storage
@@ -70,8 +68,8 @@ def refit(
     from recray.feedback.join import write
     from recray.training.run import train
 
-    with tempfile.TemporaryDirectory(prefix="recray-") as scratch:
-        file = Path(scratch) / "feedback.parquet"
+    with storage.scratch() as folder:
+        file = folder / "feedback.parquet"
         told = write(events, file)
         say(_words(told))
         longer = extend(dataset, file, out=work / "dataset")

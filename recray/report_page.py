@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from recray.tuning.picture import grid, round_ticks
+
 Numbers = Mapping[str, Any]
 
 WIDTH, HEIGHT = 860, 460  # of the picture, in its own units
@@ -172,7 +174,13 @@ def picture(search: Numbers) -> str:
     def radius(count: float) -> float:
         return max(4.0, LARGEST * math.sqrt(count / most))
 
-    parts = [_grid(x_of, x_ticks, y_of, y_ticks)]
+    xs, ys = ([(of(tick), f"{tick:g}") for tick in ticks] for of, ticks in ((x_of, x_ticks), (y_of, y_ticks)))
+    floor, wall = HEIGHT - BOTTOM, WIDTH - RIGHT
+    parts = [
+        grid(xs, ys, left=LEFT, right=wall, top=TOP, bottom=floor),
+        f'<text x="{wall}" y="{floor + 40}" text-anchor="end">p99 of one request in process, ms</text>'
+        f'<text x="{LEFT - 56}" y="{TOP - 12}">NDCG@10 (validation)</text>',
+    ]
     if LEFT <= x_of(limit) <= WIDTH - RIGHT:
         x = x_of(limit)
         parts.append(
@@ -231,28 +239,6 @@ def _bubble(trial: Numbers, x: float, y: float, r: float, search: Numbers) -> st
     return made
 
 
-def _grid(x_of: Any, x_ticks: Sequence[float], y_of: Any, y_ticks: Sequence[float]) -> str:
-    floor, wall = HEIGHT - BOTTOM, WIDTH - RIGHT
-    parts = []
-    for tick in x_ticks:
-        x = x_of(tick)
-        parts.append(
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{floor}" stroke="var(--line)"/>'
-            f'<text x="{x:.1f}" y="{floor + 18}" text-anchor="middle">{tick:g}</text>'
-        )
-    for tick in y_ticks:
-        y = y_of(tick)
-        parts.append(
-            f'<line x1="{LEFT}" x2="{wall}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>'
-            f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'
-        )
-    parts.append(
-        f'<text x="{wall}" y="{floor + 40}" text-anchor="end">p99 of one request in process, ms</text>'
-        f'<text x="{LEFT - 56}" y="{TOP - 12}">NDCG@10 (validation)</text>'
-    )
-    return "".join(parts)
-
-
 def _axis(
     values: Sequence[float], start: float, end: float, *, zero: bool = False
 ) -> tuple[Any, list[float]]:
@@ -260,11 +246,7 @@ def _axis(
     low, high = min(values, default=0.0), max(values, default=1.0)
     air = 0.18 * (high - low) or 0.1 * abs(high) or 1.0
     low, high = (0.0 if zero else low - air), high + air
-    rough = (high - low) / 5
-    unit = 10 ** math.floor(math.log10(rough))
-    step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= rough)
-    first = math.ceil(low / step)
-    ticks = [round(i * step, 10) for i in range(first, math.floor(high / step) + 1)]
+    ticks = round_ticks(low, high, False)
     return lambda value: start + (end - start) * (value - low) / (high - low), ticks
 
 

@@ -133,29 +133,41 @@ def staged(out: str | os.PathLike[str] | Place) -> Iterator[Path]:
     target = place(out)
     check_writable(target)
     if target.remote:
-        with tempfile.TemporaryDirectory(prefix="recray-") as scratch:
-            yield Path(scratch)
-            _upload(Path(scratch), target)
+        with scratch() as folder:
+            yield folder
+            _upload(folder, target)
         return
     final = target.local
     final.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(final)
-    scratch_path = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".partial", dir=final.parent))
-    held = os.open(scratch_path, os.O_RDONLY)
+    with _held(final.parent, f".{final.name}.", ".partial") as folder:
+        yield folder
+        folder.chmod(0o755)
+        _swap(folder, final)
+
+
+def scratch() -> contextlib.AbstractContextManager[Path]:
+    """A folder of this machine for the length of a block; what killed processes left of theirs goes first."""
+    return _held(Path(tempfile.gettempdir()), "recray-scratch-", "")
+
+
+@contextlib.contextmanager
+def _held(parent: Path, prefix: str, suffix: str) -> Iterator[Path]:
+    """A fresh folder with a lock, and both go with the block. Those without one were left by a kill."""
+    _sweep(parent, f"{glob.escape(prefix)}????????{suffix}")
+    folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=suffix, dir=parent))
+    held = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # a file system without locks: what a kill leaves stays there
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield scratch_path
-        scratch_path.chmod(0o755)
-        _swap(scratch_path, final)
+        yield folder
     finally:
         os.close(held)
-        shutil.rmtree(scratch_path, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def _sweep(final: Path) -> None:
-    """Remove the scratch folders of `final` that killed processes left: nobody holds their lock."""
-    for left in final.parent.glob(f".{glob.escape(final.name)}.????????.partial"):
+def _sweep(parent: Path, named: str) -> None:
+    """Remove the folders that killed processes left: nobody holds their lock."""
+    for left in parent.glob(named):
         with contextlib.suppress(OSError):
             if time.time() - left.stat().st_mtime < FRESH_S:
                 continue

@@ -21,7 +21,7 @@ from recray.bundles.filters import Filters
 from recray.bundles.plan import Plan
 from recray.bundles.stage import read_stage, write_stage
 from recray.columns import SPLITS
-from recray.compression.askers import Askers
+from recray.compression.askers import SHOWN, Askers
 from recray.compression.graph import Inputs
 from recray.data.dataset import Dataset
 from recray.data.sequences import Histories, append
@@ -36,6 +36,8 @@ SAMPLED = 64  # users by whom the range of a network's activations is measured
 CANDIDATES = 50  # of each, for a ranker
 ASKING = 50_000  # users for whom a table's codes are chosen
 _ENCODED = 1024  # of them at a time
+_RARE = 20  # so many times the items of a list must there be, or lists hardly tell items apart
+_LISTED = 1 << 32  # scores of users for items, of which their lists are made: about a minute
 
 
 def build(
@@ -57,15 +59,7 @@ def build(
     that the items' features cannot answer, and GraphError for a network that has no graph.
     """
     plan = plan or Plan()
-    retriever = _stage_of(retriever_ckpt, Retriever, "retriever")
-    ranker = None if ranker_ckpt is None else _stage_of(ranker_ckpt, Ranker, "ranker")
-    for model, checkpoint in ((retriever, retriever_ckpt), (ranker, ranker_ckpt)):
-        if model is not None and checkpoint is not None and model.n_items != dataset.n_items:
-            raise ConfigError(
-                f"knows {model.n_items} items and the dataset has {dataset.n_items}",
-                where=checkpoint.place,
-                fix="give the dataset it was trained on",
-            )
+    retriever, ranker = models_of(retriever_ckpt, ranker_ckpt, dataset)
     plan.check(retriever, ranker)
     Filters(dataset.item_features, dataset.n_items).checked(plan.filter)
 
@@ -105,10 +99,24 @@ def known_histories(dataset: Dataset) -> Histories:
     return made
 
 
-def _stage_of(checkpoint: Artefact, cls: type[Any], stage: str) -> Any:
+def models_of(
+    retriever: Artefact, ranker: Artefact | None, dataset: Dataset
+) -> tuple[Retriever, Ranker | None]:
+    """The models of both checkpoints. Raises ConfigError where they are not that, or of another catalogue."""
+    first = _stage_of(retriever, Retriever, "retriever", dataset)
+    return first, None if ranker is None else _stage_of(ranker, Ranker, "ranker", dataset)
+
+
+def _stage_of(checkpoint: Artefact, cls: type[Any], stage: str, dataset: Dataset) -> Any:
     model = load_model(checkpoint)
     if not isinstance(model, cls):
         raise ConfigError(f"{model.name} is not a {stage}", where=checkpoint.place)
+    if model.n_items != dataset.n_items:
+        raise ConfigError(
+            f"knows {model.n_items} items and the dataset has {dataset.n_items}",
+            where=checkpoint.place,
+            fix="give the dataset it was trained on",
+        )
     return model
 
 
@@ -171,7 +179,8 @@ def _writer(
 def asking(model: Model, dataset: Dataset, users: int = ASKING) -> Askers | None:
     """Who asks a retriever for which items: some users of the train split, as it encodes them.
 
-    None for a model that has no item vectors, or several vectors a user.
+    None for a model that has no item vectors, or several vectors a user. What each would be shown counts too,
+    unless there are too many items to work that out, or so few that a list holds most of them.
     """
     if not isinstance(model, Retriever) or not model.has_vectors:
         return None
@@ -182,16 +191,19 @@ def asking(model: Model, dataset: Dataset, users: int = ASKING) -> Askers | None
     parts = [model.encode(some.take(np.arange(at, min(at + _ENCODED, len(some))))) for at in starts]
     if not parts or parts[0].shape[1] != 1:
         return None
-    return Askers.of(torch.cat(parts)[:, 0].cpu(), some.offsets, some.items, dataset.n_items)
+    n = dataset.n_items
+    with torch.inference_mode():
+        table = model.item_vectors().cpu() if n > _RARE * SHOWN and len(some) * n <= _LISTED else None
+    return Askers.of(torch.cat(parts)[:, 0].cpu(), some.offsets, some.items, dataset.n_items, table)
 
 
-def sample_inputs(model: Any, dataset: Dataset, users: int = SAMPLED) -> list[Inputs]:
+def sample_inputs(model: Any, dataset: Dataset) -> list[Inputs]:
     """What the network eats for some users of the dataset, a user at a time; candidates by popularity.
 
     The network's own tables are read, before they are encoded.
     """
     known, draw = dataset.histories("train"), np.random.default_rng(0)
-    some = known.take(np.sort(draw.permutation(np.flatnonzero(known.lengths))[:users]))
+    some = known.take(np.sort(draw.permutation(np.flatnonzero(known.lengths))[:SAMPLED]))
     made: list[Inputs] = []
     with torch.no_grad():
         for b in range(len(some)):

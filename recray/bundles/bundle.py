@@ -102,7 +102,7 @@ class Front:
         degraded: tuple[str, ...] = ()
         if history is not None:
             rows = self.items.rows_of(_ids("history", history))
-            if len(rows) and (rows < 0).all():
+            if len(rows) and rows.max() < 0:
                 degraded = ("unknown history",)
         elif user is not None:
             at = int(self.users.rows_of([_id("user", user)])[0])
@@ -114,11 +114,11 @@ class Front:
         else:
             rows = np.empty(0, np.int32)
         rows = np.asarray(rows[rows >= 0], np.int32)
-        barred = self.items.rows_of(_ids("exclude", exclude))
-        barred = np.unique(np.concatenate([barred[barred >= 0], rows if exclude_seen else rows[:0]]))
+        named = self.items.rows_of(_ids("exclude", exclude)).tolist()
+        barred = {*named, *rows.tolist()} if exclude_seen else {*named}
         made = Request(
             history=rows if self.changes is None else rows[rows < self.known],
-            exclude=barred.astype(np.int32),
+            exclude=np.array(sorted(barred - {-1}), np.int32),
             k=self._count(k),
             filter=self.wanted(filter),
             context=self._context(context),
@@ -382,7 +382,8 @@ def _front(artefact: Artefact, folder: Path) -> Front:
 
 def _histories(folder: Path) -> Histories:
     """Mapped, not read: a request touches the pages of its user."""
-    arrays = {p.stem: np.load(p, mmap_mode="r", allow_pickle=False) for p in folder.glob("*.npy")}
+    paths = folder.glob("*.npy")  # as plain arrays, which are quicker to cut than memmaps
+    arrays = {p.stem: np.asarray(np.load(p, mmap_mode="r", allow_pickle=False)) for p in paths}
     return Histories(arrays["items"], arrays["offsets"], arrays.get("weights"), arrays.get("times"))
 
 
@@ -396,4 +397,4 @@ def _id(what: str, value: Any) -> str:
 def _ids(what: str, values: Any) -> list[str]:
     if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__iter__"):
         raise InputError(f"{what} is {values!r:.80}", fix="give a list of item ids")
-    return [_id(what, value) for value in values]
+    return [value if type(value) is str else _id(what, value) for value in values]

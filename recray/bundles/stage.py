@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from recray.models import build_model
 from recray.models.base import Catalogue, Model, Ranker
 from recray.models.embeddings import Table, replace_tables
 from recray.models.saved import catalogue_report
-from recray.storage import write_file
+from recray.storage import scratch, write_file
 
 NETWORK = "network.onnx"
 Samples = Callable[[], Sequence[Inputs]]
@@ -109,12 +108,12 @@ def write_graph(
     """
     assert model.network is not None
     examples = example_inputs(model)
-    with tempfile.TemporaryDirectory() as scratch:
-        whole = exported or Path(scratch) / NETWORK
+    with scratch() as folder:
+        whole = exported or folder / NETWORK
         if not whole.exists():
-            export_onnx(model.network, examples[:2], Path(scratch) / NETWORK)
+            export_onnx(model.network, examples[:2], folder / NETWORK)
             if exported is not None:
-                write_file(exported, (Path(scratch) / NETWORK).read_bytes())
+                write_file(exported, (folder / NETWORK).read_bytes())
         if graph == "onnx":
             shutil.copyfile(whole, path)
         elif graph == "onnx-static":

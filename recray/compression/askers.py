@@ -1,16 +1,16 @@
 """Codes chosen for those who ask: what a rounded row does to the scores of users, not to its own floats.
 
-Of a row h and its decoded form h + e, with S the users who took the item, U all users, q_u their vectors:
+Of a row h and its decoded form h + e, with S the users who took the item or would be shown it (`of`), U all
+users, q_u their vectors:
 
     wrong(e) = sum_{u in S} (q_u . e)^2 + every * sum_{u in U} (q_u . e)^2 = e^T A e
     A        = sum_{u in S} q_u q_u^T + every * Q^T Q + least * I
 
-It is the part of implicit ALS's loss (Hu, Koren & Volinsky 2008) that one item's row decides, around its own
-optimum, so of a model of that family A is the loss's second derivative; of any other it says which errors
-users see. Codes are then chosen in turns, each the best with all others as they are (coordinate descent, as
-Babenko & Lempitsky 2014 encode and GPTQ, Frantar et al. 2023, rounds): `wrong` never grows, and what one part
-of a row got wrong the next ones make up for. Of lightgcn_gowalla's table in 65 bytes a row, that halved what
-was lost of NDCG@20.
+With those who took it alone it is the part of implicit ALS's loss (Hu, Koren & Volinsky 2008) that one item's
+row decides, around its own optimum, with `every` for the weight of what is not observed; of any other model
+it says which errors users see. Codes are then chosen in turns, each the best with all others as they are
+(coordinate descent, as Babenko & Lempitsky 2014 encode and GPTQ, Frantar et al. 2023, rounds): `wrong` never
+grows, and what one part of a row got wrong the next ones make up for.
 
 Shapes: U users, N items of D floats, B rows at a time, M parts of W floats, K codes a part.
 """
@@ -26,24 +26,38 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-EVERY = 0.02  # what a user who did not take an item counts, of one who did
+EVERY = 0.005  # what a user outside S counts, of one in it
+SHOWN = 50  # items of a user's list
 LEAST = 1e-4  # of A's mean diagonal over all users, so that it has no direction without a weight
-TOOK = 4096  # users of an item that are asked, drawn from all who took it; they count for all
+TOOK = 4096  # users of an item that are asked, drawn from all of S; they count for all
 CELLS = 1 << 24  # floats of A that are held at a time: 64 MiB
 
 
 @dataclass(frozen=True, eq=False)
 class Askers:
-    """Vectors float32[U, D], and for each of N items who took it: users[ends[i] : ends[i + 1]]."""
+    """Vectors float32[U, D], and S of each of N items: users[ends[i] : ends[i + 1]]."""
 
     vectors: Tensor
     ends: NDArray[np.int64]
     users: NDArray[np.int64]
 
     @staticmethod
-    def of(vectors_UD: Tensor, offsets: NDArray[np.int64], items: NDArray[Any], count: int) -> Askers:
-        """From histories by user: user u took items[offsets[u] : offsets[u + 1]], rows below `count`."""
+    def of(
+        vectors_UD: Tensor,
+        offsets: NDArray[np.int64],
+        items: NDArray[Any],
+        count: int,
+        table_ND: Tensor | None = None,
+    ) -> Askers:
+        """From histories by user: user u took items[offsets[u] : offsets[u + 1]], rows below `count`.
+
+        With the items' vectors also the SHOWN best of the others for each user: lists are made of them, and
+        what is taken is left out of lists.
+        """
         owner = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+        if table_ND is not None:
+            viewer, listed = _shown(vectors_UD.float(), offsets, items, table_ND.float())
+            owner, items = np.concatenate([owner, viewer]), np.concatenate([items, listed])
         order = np.argsort(items, kind="stable")
         ends = np.concatenate([[0], np.cumsum(np.bincount(items, minlength=count))])
         return Askers(vectors_UD.float(), ends, owner[order])
@@ -91,6 +105,24 @@ class Askers:
         gram_DD = EVERY * (self.vectors.T @ self.vectors)
         mean = gram_DD.diagonal().mean().clamp(min=1e-30) if self.dim else torch.ones(())
         return gram_DD + LEAST * mean * torch.eye(self.dim)
+
+
+def _shown(
+    vectors_UD: Tensor, offsets: NDArray[np.int64], items: NDArray[Any], table_ND: Tensor
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """(user, item) of the SHOWN best of each user by inner product, without those that she took."""
+    viewers, listed = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    step = max(1, CELLS // max(len(table_ND), 1))
+    for start in range(0, len(vectors_UD), step):
+        scores_BN = vectors_UD[start : start + step] @ table_ND.T
+        ends = offsets[start : start + step + 1]
+        taker, taken = np.repeat(np.arange(len(scores_BN)), np.diff(ends)), items[ends[0] : ends[-1]]
+        scores_BN[torch.from_numpy(taker), torch.from_numpy(taken.astype(np.int64))] = -torch.inf
+        best = scores_BN.topk(min(SHOWN, len(table_ND)), dim=1)
+        at, place = (best.values > -torch.inf).nonzero(as_tuple=True)
+        viewers.append(at.numpy() + start)
+        listed.append(best.indices[at, place].numpy())
+    return np.concatenate(viewers), np.concatenate(listed)
 
 
 def wrong(error_BD: Tensor, metric_BDD: Tensor) -> Tensor:

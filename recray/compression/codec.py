@@ -131,8 +131,11 @@ class CodedTable(Table):
         flat_R = rows.reshape(-1)
         if self.num_rows == 0:
             return torch.zeros(*rows.shape, self.dim)
+        lost_R = flat_R < 0
+        if not bool(lost_R.any()):  # of candidates none is, and there are many
+            return self.codec.decode(self.arrays, flat_R, self.dim).view(*rows.shape, self.dim)
         found_RD = self.codec.decode(self.arrays, flat_R.clamp(min=0), self.dim)
-        found_RD.masked_fill_((flat_R < 0).unsqueeze(-1), 0.0)
+        found_RD.masked_fill_(lost_R.unsqueeze(-1), 0.0)
         return found_RD.view(*rows.shape, self.dim)
 
     def dense(self) -> Tensor:

@@ -22,6 +22,7 @@ from recray.errors import ArtefactError, RecrayError
 
 QUANTIZED = "recray.quantized"  # key of a graph's metadata
 Inputs = tuple[Tensor, ...]
+SLOW = ["SkipLayerNormFusion"]  # its kernel takes seven times as long as the norm and the addition it fuses
 _FOLDED = 1 << 28  # bytes of a constant that is worked out when the graph is written
 
 
@@ -102,7 +103,7 @@ class OnnxNetwork(nn.Module):
         source = graph if isinstance(graph, bytes) else str(graph)
         try:
             self.session: Any = onnxruntime.InferenceSession(
-                source, options, providers=["CPUExecutionProvider"]
+                source, options, providers=["CPUExecutionProvider"], disabled_optimizers=SLOW
             )
         except Exception as error:
             where = None if isinstance(graph, bytes) else graph

@@ -99,13 +99,15 @@ class PQ(Codec):
         for start in range(0, len(table_ND), BLOCK):
             x_RD, long_R = table_ND[start : start + BLOCK].double(), long_N[start : start + BLOCK]
             rows_R = torch.arange(start, start + len(x_RD))
-            along_R = (x_RD * self._plain(arrays, rows_R, table_ND.shape[1])).sum(dim=1)
-            found_R = torch.where(along_R > 0, x_RD.square().sum(dim=1) / along_R, long_R)
-            made.append(torch.clamp(found_R, LEAST * long_R, MOST * long_R))
+            made.append(_along(x_RD, self._plain(arrays, rows_R, table_ND.shape[1]), long_R))
         return torch.cat(made)
 
     def refine(self, arrays: Arrays, table_ND: Tensor, askers: Askers) -> dict[str, Tensor]:
-        """Codes by coordinate descent, and the length of least `wrong`; a row that gains nothing stays."""
+        """Codes by coordinate descent, at lengths of least `wrong`; a row that gains nothing stays.
+
+        The length that is kept is again the one that a query along the row asks for: the other is shorter,
+        the more so the fewer bits there are, and of tiers that moves the tail down in every list.
+        """
         n, dim = table_ND.shape
         parts, _, wide = arrays["book"].shape
         beyond, book_MKW = parts * wide - dim, arrays["book"].float() * arrays["unit"].view(-1, 1, 1)
@@ -117,13 +119,14 @@ class PQ(Codec):
             x_BD = nn.functional.pad(table_ND[at], (0, beyond))
             code_BM = _unpacked(arrays["codes"][at], parts, self.params.bits).long()
             stretch_B = arrays["stretch"][at]
+            long_B = x_BD.norm(dim=1)
             before_B = wrong(_joined(book_MKW, code_BM, _longer(stretch_B, ends)) - x_BD, metric_BDD)
             for _ in range(self.params.fit):
                 code_BM = best_parts(x_BD, metric_BDD, book_MKW, code_BM, _longer(stretch_B, ends))
                 plain_BD = _joined(book_MKW, code_BM, torch.ones(len(x_BD)))
-                long_B = x_BD.norm(dim=1)
                 best_B = best_length(x_BD, metric_BDD, plain_BD)
                 stretch_B = _stretched(torch.clamp(best_B, LEAST * long_B, MOST * long_B), ends)
+            stretch_B = _stretched(_along(x_BD.double(), plain_BD, long_B), ends)
             after_B = wrong(_joined(book_MKW, code_BM, _longer(stretch_B, ends)) - x_BD, metric_BDD)
             gained_B = after_B < before_B
             made["codes"][at][gained_B] = _packed(code_BM.to(torch.uint8), self.params.bits)[gained_B]
@@ -182,6 +185,13 @@ def _joined(book_MKW: Tensor, code_BM: Tensor, longer_B: Tensor) -> Tensor:
     """Rows decoded from books of floats, float32[B, M * W]."""
     held_BMW = torch.stack([book_MKW[m][code_BM[:, m]] for m in range(len(book_MKW))], dim=1)
     return held_BMW.flatten(1) * longer_B.unsqueeze(1)
+
+
+def _along(x_RD: Tensor, plain_RD: Tensor, long_R: Tensor) -> Tensor:
+    """Lengths float64[R] with which decoded rows score as before for a query along the row."""
+    along_R = (x_RD * plain_RD).sum(dim=1)
+    found_R = torch.where(along_R > 0, x_RD.square().sum(dim=1) / along_R, long_R)
+    return torch.clamp(found_R, LEAST * long_R, MOST * long_R)
 
 
 def _stretched(length_R: Tensor, ends: Tensor) -> Tensor:

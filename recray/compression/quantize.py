@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from recray.compression.graph import QUANTIZED, GraphError, Inputs, one_line, quiet
+from recray.compression.rounding import BITS, BLOCK
 
 LEAST = 1024  # weights of a product that is worth quantizing
 CLIPS = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6)  # shares of the range that are tried
@@ -72,18 +73,18 @@ def quantize_static(path: Path, out: Path, samples: Sequence[Inputs]) -> None:
         raise GraphError("the graph has no product with a learned matrix of any size", where=path)
 
 
-def quantize_weights(path: Path, out: Path, *, bits: int = 4, block: int = 32) -> None:
-    """Write the graph at `path` with the weights of its products in `bits` (4 or 8), a scale for each `block`
-    of inputs of an output channel. Raises GraphError for a graph that cannot be."""
+def quantize_weights(path: Path, out: Path) -> None:
+    """Write the graph at `path` with the weights of its products in BITS, a scale for each BLOCK of inputs of
+    an output channel. Raises GraphError for a graph that cannot be."""
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
     with quiet():
         try:
             model = onnx.load(str(path))
-            made = MatMulNBitsQuantizer(model, bits=bits, block_size=block, is_symmetric=True)
+            made = MatMulNBitsQuantizer(model, bits=BITS, block_size=BLOCK, is_symmetric=True)
             made.process()
-            onnx.helper.set_model_props(made.model.model, {QUANTIZED: f"weights-{bits}"})
+            onnx.helper.set_model_props(made.model.model, {QUANTIZED: f"weights-{BITS}"})
             onnx.save(made.model.model, str(out))
         except Exception as error:
             raise GraphError(f"the graph cannot be quantized ({one_line(error)})", where=path) from error

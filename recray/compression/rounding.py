@@ -23,14 +23,14 @@ from torch import Tensor, nn
 
 from recray.errors import ConfigError
 
-BITS, BLOCK = 4, 32  # as `quantize_weights` rounds by default
+BITS, BLOCK = 4, 32  # as `quantize_weights` rounds
 
 
-def rounded(weight_OI: Tensor, bits: int = BITS, block: int = BLOCK) -> Tensor:
+def rounded(weight_OI: Tensor, bits: int = BITS) -> Tensor:
     """W' of a weight, of its shape."""
     half, inputs = 1 << (bits - 1), weight_OI.shape[1]
-    w_OGK = nn.functional.pad(weight_OI, (0, -inputs % block)).view(
-        len(weight_OI), -(-inputs // block), block
+    w_OGK = nn.functional.pad(weight_OI, (0, -inputs % BLOCK)).view(
+        len(weight_OI), -(-inputs // BLOCK), BLOCK
     )
     top_OG1 = w_OGK.gather(2, w_OGK.abs().argmax(dim=2, keepdim=True))
     step_OG1 = torch.where(top_OG1 == 0, 1.0, -top_OG1 / half)
@@ -53,25 +53,25 @@ def standing_in(network: nn.Module, change: Callable[[nn.Linear], Tensor]) -> It
 
 
 @contextmanager
-def rounding(network: nn.Module, bits: int = BITS, block: int = BLOCK) -> Iterator[None]:
+def rounding(network: nn.Module, bits: int = BITS) -> Iterator[None]:
     """Inside, `layer.weight` of every linear layer is its W', with W's gradient."""
 
     def change(layer: nn.Linear) -> Tensor:
         weight = layer.weight
-        return weight + (rounded(weight.detach(), bits, block) - weight.detach())
+        return weight + (rounded(weight.detach(), bits) - weight.detach())
 
     with standing_in(network, change):
         yield
 
 
-def settle(network: nn.Module, bits: int = BITS, block: int = BLOCK) -> None:
+def settle(network: nn.Module) -> None:
     """Round the weights of every linear layer for good."""
     with torch.no_grad():
         for layer in linear(network):
-            layer.weight.copy_(rounded(layer.weight, bits, block))
+            layer.weight.copy_(rounded(layer.weight))
 
 
-def learn_rounded(model: Any, bits: int = BITS, block: int = BLOCK) -> None:
+def learn_rounded(model: Any, bits: int = BITS) -> None:
     """Let a model's `loss` be that of its rounded network from here on.
 
     Raises ConfigError for one without linear layers, or bits that are not 2 to 8.
@@ -83,7 +83,7 @@ def learn_rounded(model: Any, bits: int = BITS, block: int = BLOCK) -> None:
     plain: Callable[..., Tensor] = model.loss
 
     def loss(batch: Any) -> Tensor:
-        with rounding(model.network, bits, block):
+        with rounding(model.network, bits):
             return plain(batch)
 
     model.loss = loss

@@ -262,11 +262,6 @@ class Prefetched(Iterator[T]):
         self._thread.join(timeout=10)  # a source that hangs must not hold us up: the thread is a daemon
 
 
-def prefetched(source: Iterator[T], depth: int = 2) -> Prefetched[T]:
-    """Make the values of `source` in the background, at most `depth` ahead."""
-    return Prefetched(source, depth)
-
-
 class _Shelf(Generic[T]):
     """What the thread and the taker share. The thread knows no `Prefetched`, so that one can be dropped."""
 

@@ -65,7 +65,13 @@ class Ids:
 
     def ids_of(self, rows: Any) -> list[str]:
         """The ids of many rows, in order."""
-        return list(self.values.take(pa.array(np.asarray(rows, np.int64))).to_pylist())
+        if len(rows) >= _FEW:
+            return list(self.values.take(pa.array(np.asarray(rows, np.int64))).to_pylist())
+        listed = rows if isinstance(rows, list) else np.asarray(rows, np.int64).tolist()
+        if listed and min(listed) < 0:
+            raise IndexError(f"row {min(listed)} of {len(self)}")
+        names = self._names
+        return [names[row] for row in listed]
 
     def rows_of(self, ids: Any) -> NDArray[np.int32]:
         """int32[n]: the row of each id, -1 where it is unknown."""
@@ -112,3 +118,7 @@ class Ids:
     @cached_property
     def _row(self) -> dict[str, int]:
         return {id_: row for row, id_ in enumerate(self.values.to_pylist())}
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return list(self._row)  # the same strings, in the order of their rows

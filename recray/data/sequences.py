@@ -5,8 +5,10 @@ Shapes: B users, N their interactions together, L the longest (or the cut) lengt
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -34,7 +36,7 @@ class Histories:
     @property
     def lengths(self) -> NDArray[np.int64]:
         """int64[B]"""
-        return np.diff(self.offsets)
+        return self.offsets[1:] - self.offsets[:-1]
 
     def __getitem__(self, b: int) -> NDArray[np.int32]:
         """The item rows of one user."""
@@ -44,8 +46,7 @@ class Histories:
     def of(sequences: Iterable[Sequence[int] | NDArray[Any]]) -> Histories:
         """From Python lists of item rows."""
         parts = [np.asarray(s, dtype=np.int32) for s in sequences]
-        offsets = np.zeros(len(parts) + 1, dtype=np.int64)
-        np.cumsum([len(p) for p in parts], out=offsets[1:])
+        offsets = np.array([0, *itertools.accumulate(map(len, parts))], dtype=np.int64)
         return Histories(np.concatenate(parts) if parts else np.empty(0, np.int32), offsets)
 
     def take(self, users: Any) -> Histories:
@@ -66,9 +67,9 @@ class Histories:
 
     def known(self) -> Histories:
         """Each history without what is no item row of ours (PAD): an unknown item is as if not there."""
-        keep = self.items >= 0
-        if keep.all():
+        if self._all_known:
             return self
+        keep = self.items >= 0
         kept = np.concatenate([[0], np.cumsum(keep)]).astype(np.int64)
         return Histories(
             self.items[keep],
@@ -77,13 +78,21 @@ class Histories:
             None if self.times is None else self.times[keep],
         )
 
+    @cached_property
+    def _all_known(self) -> bool:
+        """Asked several times of what is answered."""
+        return bool((self.items >= 0).all())
+
     def padded(self, length: int | None = None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(rows int64[B, L] right-padded with PAD, lengths int64[B]); keeps the newest `length`."""
-        cut = self if length is None else self.last(length)
-        lengths = cut.lengths
+        lengths = self.lengths
         width = int(lengths.max(initial=0)) if length is None else length
-        rows = np.full((len(cut), width), PAD, dtype=np.int64)
-        rows[np.arange(width) < lengths[:, None]] = cut.items
+        lengths = np.minimum(lengths, width)
+        places = np.arange(width)
+        rows = np.full((len(self), width), PAD, dtype=np.int64)
+        if len(self.items):
+            at = (self.offsets[1:] - lengths)[:, None] + places
+            np.copyto(rows, self.items.take(at, mode="clip"), where=places < lengths[:, None])
         return rows, lengths
 
     def to_csr(self, n_items: int, *, weighted: bool = False) -> Any:

@@ -149,9 +149,19 @@ class Model(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the model lies; what it returns lies there too."""
-        for tensor in itertools.chain(self.parameters(), self.buffers()):  # no further than the first
-            return tensor.device
-        return torch.device("cpu")
+        found = _first(self)
+        return torch.device("cpu") if found is None else found.device
+
+
+def _first(module: nn.Module) -> Tensor | None:
+    """A tensor that a module holds. Asked at every request: torch's own iterators walk all of it first."""
+    for held in itertools.chain(module._parameters.values(), module._buffers.values()):
+        if held is not None:
+            return held
+    for child in module._modules.values():
+        if child is not None and (found := _first(child)) is not None:
+            return found
+    return None
 
 
 class Retriever(Model):

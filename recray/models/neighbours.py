@@ -25,6 +25,7 @@ from recray.models.why import Reasons
 
 Block = tuple[NDArray[np.int32], NDArray[np.float32]]  # neighbours [b, k], weights [b, k]
 
+SWEEPS = 4  # of the subspace iteration
 CELLS = 1 << 24  # entries of a dense block, or of additions, at a time
 _LOW = np.int64(0xFFFFFFFF)
 
@@ -148,7 +149,7 @@ def reasons_of(pairs: Any, neighbours_NK: Tensor, weights_NK: Tensor, row: int) 
     return Reasons.of(added.sum(), 0.0, pairs.indices, added)
 
 
-def truncated_svd(matrix: Any, dim: int, seed: int, *, sweeps: int = 4) -> tuple[Tensor, Tensor]:
+def truncated_svd(matrix: Any, dim: int, seed: int) -> tuple[Tensor, Tensor]:
     """(singular values float32[d], right vectors float32[N, d]) of a csr float32[U, N], d <= dim.
 
     By subspace iteration from a random start (Halko, Martinsson & Tropp 2011, algorithm 4.4). The sign of
@@ -158,7 +159,7 @@ def truncated_svd(matrix: Any, dim: int, seed: int, *, sweeps: int = 4) -> tuple
     width = min(dim + 32, *matrix.shape)
     start = np.random.default_rng(seed).standard_normal((matrix.shape[1], width), dtype=np.float32)
     basis = torch.from_numpy(start)
-    for _ in range(sweeps):
+    for _ in range(SWEEPS):
         left = torch.linalg.qr(torch.from_numpy(matrix @ basis.numpy()))[0]
         basis = torch.linalg.qr(torch.from_numpy(turned @ left.numpy()))[0]
     small = torch.from_numpy(matrix @ basis.numpy()).double()

@@ -25,9 +25,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from recray.data.sequences import Histories
 from recray.errors import ConfigError
 from recray.models.embeddings import Table
-from recray.retrieval.index import SLACK, Found, Index, IndexParams, ordered, rescored, scan
+from recray.retrieval.index import (
+    SLACK,
+    Found,
+    Index,
+    IndexParams,
+    longest,
+    ordered,
+    rescored,
+    scan,
+    without,
+)
 
 MOST_LANES = 128  # rows are padded to a multiple of it
 CELLS = 1 << 22  # scores held at a time: 8 MB of bfloat16, which stay near the processor
@@ -89,23 +100,39 @@ class Exact(Index):
     def nbytes(self) -> int:
         return self.vectors_ND.numel() * self.vectors_ND.element_size()
 
-    @torch.inference_mode()
     def search(self, queries_BD: Tensor, k: int, allowed: NDArray[np.bool_] | None = None) -> Found:
+        return self.search_without(queries_BD, k, None, allowed)
+
+    @torch.inference_mode()
+    def search_without(
+        self,
+        queries_BD: Tensor,
+        k: int,
+        barred: Histories | None = None,
+        allowed: NDArray[np.bool_] | None = None,
+    ) -> Found:
+        """`search` without the barred rows of each query, struck out before anything is selected."""
         queries_BD = queries_BD.float().contiguous()
         if allowed is not None:
             rows_R = np.flatnonzero(allowed)
             if len(rows_R) <= max(self.n // 8, MOST_LANES):
-                return scan(self.table, queries_BD, rows_R, k)
+                return without(scan(self.table, queries_BD, rows_R, k + longest(barred)), barred, k)
         mask_N = None if allowed is None else torch.from_numpy(~allowed)
-        step = max(1, CELLS // max(self.n, 1))
-        each = map if self._pool is None or len(queries_BD) <= step else self._pool.map
-        parts = list(each(lambda part: self._search(part, k, mask_N), torch.split(queries_BD, step)))
+        step, b = max(1, CELLS // max(self.n, 1)), len(queries_BD)
+        if 0 < b <= step:
+            return self._search(queries_BD, k, barred, mask_N)
+
+        def part(start: int) -> Found:
+            some = slice(start, start + step)
+            return self._search(queries_BD[some], k, None if barred is None else barred.take(some), mask_N)
+
+        parts = list((map if self._pool is None else self._pool.map)(part, range(0, b, step)))
         if not parts:
             return ordered(np.empty((0, 0), np.float32), np.empty((0, 0), np.int64), k)
         return np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])
 
     @torch.inference_mode()
-    def _search(self, queries_BD: Tensor, k: int, mask_N: Tensor | None) -> Found:
+    def _search(self, queries_BD: Tensor, k: int, barred: Histories | None, mask_N: Tensor | None) -> Found:
         low = self.vectors_ND.dtype == torch.bfloat16
         scores_BN = self._room(len(queries_BD))
         goal = scores_BN[:, : len(self.vectors_ND)]
@@ -113,6 +140,10 @@ class Exact(Index):
         scores_BN[:, self.n :] = -torch.inf
         if mask_N is not None:
             scores_BN[:, : self.n].masked_fill_(mask_N, -torch.inf)
+        if barred is not None and len(barred.items):
+            barred, wide = barred.known(), scores_BN.shape[1]
+            cells = np.repeat(np.arange(0, len(barred) * wide, wide), barred.lengths) + barred.items
+            scores_BN.view(-1).index_fill_(0, torch.from_numpy(cells), -torch.inf)
         want = k + max(k // 4, SLACK) if low else k + SLACK
         rows_BC = _best(scores_BN, min(want, self.n))
         return rescored(self.table, queries_BD, rows_BC, k, self.full_ND)
@@ -140,7 +171,8 @@ def _best(scores_BN: Tensor, want: int) -> Tensor:
         return _by_looking_at_each(scores_BN, want)
     keys_BN = scores_BN.view(torch.int16 if scores_BN.element_size() == 2 else torch.int32).numpy()
     best_BS, edge_B = _edges(keys_BN, lanes, want)
-    if edge_B.min(initial=1) <= 0:  # as whole numbers the bits are in order above zero only
+    low = bool(edge_B.min(initial=1) <= 0)
+    if low:  # as whole numbers the bits are in order above zero only
         keys_BN = np.where(keys_BN < 0, keys_BN ^ np.iinfo(keys_BN.dtype).max, keys_BN)
         best_BS, edge_B = _edges(keys_BN, lanes, want)
     query_P, group_P = np.divmod(np.flatnonzero(best_BS >= edge_B[:, None]), groups)
@@ -154,6 +186,8 @@ def _best(scores_BN: Tensor, want: int) -> Tensor:
     rows_BC = np.full((b, int(count_B.max(initial=0))), -1)
     rows_BC[query_C, place_C] = row_C
     found_BC = torch.from_numpy(rows_BC)
+    if not low:  # what is -inf did not reach the edge
+        return found_BC
     lost_BC = torch.isneginf(scores_BN.gather(1, found_BC.clamp(min=0)))
     return found_BC.masked_fill_(lost_BC, -1)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from recray.errors import ArtefactError, ConfigError
 from recray.models.embeddings import Table
-from recray.retrieval.index import Found, Index, IndexParams, rescored, scan
+from recray.retrieval.index import Found, Index, IndexParams
 
 faiss: Any = _faiss  # its stubs do not know all of it
 
@@ -83,23 +83,14 @@ class Hnsw(Index):
         queries_BD = queries_BD.float().contiguous()
         left = self.table.num_rows if allowed is None else int(np.count_nonzero(allowed))
         if left <= max(k, SCAN_SHARE * self.table.num_rows) or not len(queries_BD):
-            return scan(self.table, queries_BD, self._rows(allowed), k)
+            return self._scanned(queries_BD, k, allowed)
         faiss.omp_set_num_threads(self.params.threads)
         asked = faiss.SearchParametersHNSW(efSearch=max(self.params.ef_search, k))
         if allowed is not None:
             bits = np.packbits(allowed, bitorder="little")
             asked.sel = faiss.IDSelectorBitmap(self.table.num_rows, faiss.swig_ptr(bits))
         _, rows_Bk = self.graph.search(queries_BD.numpy(), k, params=asked)
-        scores, rows = rescored(self.table, queries_BD, torch.from_numpy(rows_Bk), k)
-        short = np.flatnonzero((rows < 0).any(axis=1))  # the beam ran dry: the filter cut the graph apart
-        if len(short):
-            scores[short], rows[short] = scan(
-                self.table, queries_BD[torch.from_numpy(short)], self._rows(allowed), k
-            )
-        return scores, rows
-
-    def _rows(self, allowed: NDArray[np.bool_] | None) -> NDArray[np.int64]:
-        return np.arange(self.table.num_rows) if allowed is None else np.flatnonzero(allowed)
+        return self._filled(queries_BD, rows_Bk, k, allowed)  # a filter may cut the graph: the beam runs dry
 
 
 def _hold(graph: Any, dense: NDArray[np.float32], params: HnswParams) -> Any:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recray import config
+from recray.data.sequences import Histories
 from recray.models.embeddings import DenseTable, Table
 
 INDEXES = {  # name -> module:class, imported when asked for
@@ -58,6 +59,17 @@ class Index(ABC):
         `allowed` bool[N] leaves out items. Where fewer than k are left: row -1, score -inf.
         """
 
+    def search_without(
+        self,
+        queries_BD: Tensor,
+        k: int,
+        barred: Histories | None = None,
+        allowed: NDArray[np.bool_] | None = None,
+    ) -> Found:
+        """`search` without the barred rows of each query (rows < 0 mean nothing)."""
+        reach = min(self.table.num_rows, k + longest(barred))
+        return without(self.search(queries_BD, reach, allowed), barred, k)
+
     @property
     @abstractmethod
     def nbytes(self) -> int:
@@ -71,6 +83,21 @@ class Index(ABC):
     @abstractmethod
     def load(cls, folder: Path, table: Table, params: Any) -> Index:
         """What `save` wrote, over the same table. Raises ArtefactError for anything else."""
+
+    def _scanned(self, queries_BD: Tensor, k: int, allowed: NDArray[np.bool_] | None) -> Found:
+        """`scan` of all that is allowed."""
+        rows = np.arange(self.table.num_rows) if allowed is None else np.flatnonzero(allowed)
+        return scan(self.table, queries_BD, rows, k)
+
+    def _filled(
+        self, queries_BD: Tensor, rows_BC: NDArray[np.int64], k: int, allowed: NDArray[np.bool_] | None
+    ) -> Found:
+        """The candidates (-1 for none) scored exactly; where they are fewer than k, all is scanned."""
+        scores, rows = rescored(self.table, queries_BD, torch.from_numpy(rows_BC), k)
+        short = np.flatnonzero((rows < 0).any(axis=1))
+        if len(short):
+            scores[short], rows[short] = self._scanned(queries_BD[torch.from_numpy(short)], k, allowed)
+        return scores, rows
 
 
 def index_class(name: str) -> type[Index]:
@@ -109,6 +136,26 @@ def ordered(scores: NDArray[np.float32], rows: NDArray[np.int64], k: int) -> Fou
         scores = np.concatenate([scores, np.full((b, k - width), -np.inf, np.float32)], axis=1)
         rows = np.concatenate([rows, np.full((b, k - width), -1, np.int64)], axis=1)
     return scores, rows
+
+
+def without(found: Found, barred: Histories | None, count: int) -> Found:
+    """Drop each user's barred rows and keep `count`, the order as it was."""
+    scores, rows = found
+    if barred is not None and len(barred.items):
+        width = int(max(rows.max(initial=0), barred.items.max(initial=0))) + 2
+        line = np.arange(len(rows), dtype=np.int64) * width
+        # a row and its line as one number; -1 is then a place of the line before that no row has
+        shut = np.sort(np.repeat(line, barred.lengths) + np.maximum(barred.items, -1))
+        keys = rows + line[:, None]
+        hit = shut.take(np.searchsorted(shut, keys), mode="clip") == keys
+        rows = np.where(hit, -1, rows)
+        scores = np.where(hit, np.float32(-np.inf), scores)
+    return ordered(scores, rows, count)
+
+
+def longest(barred: Histories | None) -> int:
+    """The most rows that are barred for one user."""
+    return 0 if barred is None else int(barred.lengths.max(initial=0))
 
 
 def rescored(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from recray.errors import ArtefactError, ConfigError
 from recray.models.embeddings import Table
-from recray.retrieval.index import Found, Index, IndexParams, rescored, scan
+from recray.retrieval.index import Found, Index, IndexParams
 
 faiss: Any = _faiss  # its stubs do not know all of it
 
@@ -115,7 +115,7 @@ class Ivf(Index):
         left = n if allowed is None else int(np.count_nonzero(allowed))
         wanted = k * self.params.refine + MORE
         if self.lists is None or left <= max(wanted, SCAN_SHARE * n) or not len(queries_BD):
-            return scan(self.table, queries_BD, self._rows(allowed), k)
+            return self._scanned(queries_BD, k, allowed)
         faiss.omp_set_num_threads(self.params.threads)
         asked = faiss.SearchParametersIVF(nprobe=self.params.probes)
         if allowed is not None:
@@ -123,16 +123,7 @@ class Ivf(Index):
             asked.sel = faiss.IDSelectorBitmap(n, faiss.swig_ptr(bits))
         wide_BD = torch.nn.functional.pad(queries_BD, (0, self.lists.d - queries_BD.shape[1]))
         _, rows_BC = self.lists.search(wide_BD.numpy(), wanted, params=asked)
-        scores, rows = rescored(self.table, queries_BD, torch.from_numpy(rows_BC), k)
-        short = np.flatnonzero((rows < 0).any(axis=1))  # the lists that were read hold less than k
-        if len(short):
-            scores[short], rows[short] = scan(
-                self.table, queries_BD[torch.from_numpy(short)], self._rows(allowed), k
-            )
-        return scores, rows
-
-    def _rows(self, allowed: NDArray[np.bool_] | None) -> NDArray[np.int64]:
-        return np.arange(self.table.num_rows) if allowed is None else np.flatnonzero(allowed)
+        return self._filled(queries_BD, rows_BC, k, allowed)  # the lists that were read may hold less than k
 
 
 def _even(table: Table) -> NDArray[np.float32]:

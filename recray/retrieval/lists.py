@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from recray.data.sequences import Histories
 from recray.retrieval.index import Found, ordered
 
 Source = Literal["retriever", "ranker", "popular"]
@@ -46,19 +45,6 @@ class Ranked:
     sources: Sequence[Source]
 
 
-def without(found: Found, barred: Histories | None, count: int) -> Found:
-    """Drop each user's barred rows and keep `count`, the order as it was."""
-    scores, rows = found
-    if barred is not None and len(barred.items):
-        shut_BX, _ = barred.padded()
-        width = int(max(rows.max(initial=0), shut_BX.max(initial=0))) + 2
-        line = np.arange(len(rows), dtype=np.int64)[:, None] * width
-        hit = np.isin(rows + line, np.where(shut_BX >= 0, shut_BX, -2 - line) + line) & (rows >= 0)
-        rows = np.where(hit, -1, rows)
-        scores = np.where(hit, np.float32(-np.inf), scores)
-    return ordered(scores, rows, count)
-
-
 def merged(scores: NDArray[np.float32], rows: NDArray[np.int64]) -> Found:
     """One list from K lists a user: the best score of a row that several lists hold."""
     scores, rows = ordered(scores, rows, rows.shape[1])
@@ -85,10 +71,10 @@ def standard(
     scores_BC: NDArray[np.float32], given: NDArray[np.bool_], counted: NDArray[np.bool_]
 ) -> NDArray[np.float32]:
     """Each line less its mean and over its deviation, both of the places that count; a constant line to
-    zeros."""
+    zeros. scores: [..., B, C]."""
     held = np.where(given, scores_BC, 0).astype(np.float64)
-    n = np.maximum(counted.sum(axis=1, keepdims=True), 1)
-    away = np.where(given, held - np.where(counted, held, 0).sum(axis=1, keepdims=True) / n, 0)
-    spread = np.sqrt((np.where(counted, away, 0) ** 2).sum(axis=1, keepdims=True) / n)
+    n = np.maximum(counted.sum(axis=-1, keepdims=True), 1)
+    away = np.where(given, held - np.where(counted, held, 0).sum(axis=-1, keepdims=True) / n, 0)
+    spread = np.sqrt((np.where(counted, away, 0) ** 2).sum(axis=-1, keepdims=True) / n)
     made = np.divide(away, spread, out=np.zeros_like(away), where=spread > 1e-12)
     return np.asarray(made, np.float32)

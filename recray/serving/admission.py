@@ -15,8 +15,8 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, NamedTuple, TypeVar
 
 from recray.serving.deadline import MEANINGS, NAMES, REASONS, RESERVE, Deadlines
 from recray.serving.schema import ApiError, RecommendRequest
@@ -29,6 +29,7 @@ STANDING = 4  # looks of which the least lateness counts: a pause is over when i
 GAIN, COUNTED = 0.1, 0.01  # of a new value in an average: of a tick's, of a request's
 TRIES = 10  # that Retry-After reckons with at most
 LONGEST_S = 60  # of Retry-After
+Made = TypeVar("Made")
 
 
 def most(within_s: float, each_s: float) -> float:
@@ -92,9 +93,7 @@ class Door:
         sent_away = not goes_on or self.inside >= most(within_s, self.each_s)
         self.refused += COUNTED * (sent_away - self.refused)
         if sent_away:
-            seconds = retry_after(max(self.late_s, self.inside * self.each_s), self.refused, self._draw())
-            words = "more is asked than can be answered in time"
-            raise ApiError(503, "overloaded", words, retry_after_s=seconds)
+            raise self._refusal()
         self.inside += 1
         return Visit(now, named)
 
@@ -104,13 +103,28 @@ class Door:
         self._done += 1
 
     def limit(self, ask: RecommendRequest, visit: Visit) -> None:
-        """Say by when an answer must be there, in time to be handed over by a loop as late as this one; -inf
-        where models are to be spared."""
-        within_s = self._deadlines.seconds(visit.header_ms, ask.deadline_ms)
+        """Say by when an answer must be there; -inf where models are to be spared."""
+        ask.limit(self._due(visit, ask.deadline_ms))
+
+    async def in_time(self, visit: Visit, work: Coroutine[Any, Any, Made]) -> Made:
+        """What `work` answers by the deadline, for a request that nothing less can answer. Raises ApiError
+        (503) where it does not, or where models are to be spared."""
+        try:
+            return await asyncio.wait_for(work, self._due(visit) - self._clock())
+        except asyncio.TimeoutError:
+            raise self._refusal() from None
+
+    def _due(self, visit: Visit, also_ms: float | None = None) -> float:
+        """In time for an answer to be handed over by a loop as late as this one."""
+        within_s = self._deadlines.seconds(visit.header_ms, also_ms)
         if not self._next(1, passing(self.late_s / within_s, MODELS)):
-            ask.limit(-math.inf)
-            return
-        ask.limit(visit.since + within_s * (1 - RESERVE) - 2 * self.late_s)
+            return -math.inf
+        return visit.since + within_s * (1 - RESERVE) - 2 * self.late_s
+
+    def _refusal(self) -> ApiError:
+        seconds = retry_after(max(self.late_s, self.inside * self.each_s), self.refused, self._draw())
+        words = "more is asked than can be answered in time"
+        return ApiError(503, "overloaded", words, retry_after_s=seconds)
 
     def _next(self, of: int, share: float) -> bool:
         """Whether the next one is among this share of them, evenly spread."""
@@ -167,21 +181,21 @@ def asked_ms(value: bytes) -> float:
 
 def document(described: dict[str, Any]) -> None:
     """Add deadlines, the words of `degraded` and Retry-After to an OpenAPI document."""
-    ask = described["paths"]["/v1/recommend"]["post"]
-    ask["parameters"] = [
-        {
-            "name": "X-Deadline-Ms",
-            "in": "header",
-            "required": False,
-            "schema": {"type": "number", "exclusiveMinimum": 0},
-            "description": "As `deadline_ms`; seen before the body is read. The shorter of the two counts.",
-        }
-    ]
-    refused = ask["responses"]["503"]
-    refused["description"] = "more is asked than can be answered in time; ask again after Retry-After"
-    refused["headers"] = {
-        "Retry-After": {"description": "Whole seconds.", "schema": {"type": "integer", "minimum": 1}}
+    header = {
+        "name": "X-Deadline-Ms",
+        "in": "header",
+        "required": False,
+        "schema": {"type": "number", "exclusiveMinimum": 0},
+        "description": "As `deadline_ms`; seen before the body is read. The shorter of the two counts.",
     }
+    paths = described["paths"]
+    for asked in (paths["/v1/recommend"]["post"], paths["/v1/items/{id}/similar"]["get"]):
+        asked["parameters"] = [*asked.get("parameters", ()), header]
+        refused = asked["responses"]["503"]
+        refused["description"] = "more is asked than can be answered in time; ask again after Retry-After"
+        refused["headers"] = {
+            "Retry-After": {"description": "Whole seconds.", "schema": {"type": "integer", "minimum": 1}}
+        }
     levels = "; ".join(f"'{NAMES[level]}': {words}" for level, words in MEANINGS.items())
     reasons = "; ".join(f"'{why}': {words}" for why, words in REASONS.items())
     told = described["components"]["schemas"]["RecommendResponse"]["properties"]["degraded"]

@@ -11,7 +11,6 @@ only a share is kept, or a client hung up). What was answered by less for want o
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import random
 import time
@@ -31,7 +30,7 @@ from recray.errors import ConfigError
 from recray.feedback.events import Kept
 from recray.feedback.log import Limits, SegmentLog, find
 from recray.serving import schema
-from recray.serving.backlog import Backlog
+from recray.serving.backlog import Backlog, folder_for
 from recray.serving.schema import ApiError, Item, RecommendRequest
 
 if TYPE_CHECKING:
@@ -74,21 +73,20 @@ class Keeping:
 _Line = tuple[str, RecommendRequest, Any, float]  # request id, what was asked, the reply, time
 
 
-class AnswerLog:
+class AnswerLog(Backlog[_Line]):
     """One process's end of the log. One event loop owns it."""
 
     def __init__(self, folder: Path, keeping: Keeping, *, clock: Callable[[], float] = time.time) -> None:
         """Raises ConfigError for a folder that cannot be written."""
         self._folder, self._share, self._clock = folder, keeping.share, clock
-        self._log = SegmentLog(folder, LOG, keeping.limits, clock)
-        self._backlog: Backlog[_Line] = Backlog(self._log, LOG, self._line)
+        super().__init__(SegmentLog(folder, LOG, keeping.limits, clock), LOG, self._line)
         self._draw, self._name = random.Random(), uuid.uuid4().hex[:12]
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="recray-answers")
 
     def keep(self, request_id: str, ask: RecommendRequest, reply: Reply) -> None:
         """Log an answer, a little later."""
         if self._share == 1 or self._draw.random() < self._share:
-            self._backlog.add((request_id, ask, reply, self._clock()))
+            self.add((request_id, ask, reply, self._clock()))
 
     async def found(self, request_id: str) -> list[dict[str, Any]]:
         """`find`, one at a time: each may read the whole log."""
@@ -106,14 +104,9 @@ class AnswerLog:
         whole = [line["batch"][1] for line in batch] == list(range(of))
         return [found[0], *(batch if whole else found)]
 
-    def tidy(self) -> None:
-        """Delete what is too old; blocks a little."""
-        with contextlib.suppress(OSError):
-            self._log.tidy()
-
     def close(self) -> None:
         """Write what waits, and let go of it."""
-        self._backlog.close()
+        super().close()
         self._reader.shutdown(wait=False)
 
     def _line(self, told: _Line) -> dict[str, Any]:
@@ -133,12 +126,7 @@ class AnswerLog:
 
 def open_answers(folder: Path | None, keeping: Keeping) -> AnswerLog | None:
     """The log in a folder, None where no answers are to be kept. Raises ConfigError."""
-    if not keeping.hours:
-        return None
-    if folder is None:
-        words = "are kept in the folder of the feedback, and there is none"
-        raise ConfigError(words, where="answers", fix="give --feedback")
-    return AnswerLog(folder, keeping)
+    return AnswerLog(folder_for("answers", folder), keeping) if keeping.hours else None
 
 
 class Made(BaseModel):

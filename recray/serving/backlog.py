@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from recray.errors import ConfigError
 from recray.feedback.log import SegmentLog
 
 log = logging.getLogger("recray.serving")
@@ -16,12 +19,21 @@ PENDING = 10_000  # lines that may wait
 One = TypeVar("One")
 
 
+def folder_for(what: str, folder: Path | None) -> Path:
+    """The folder of the feedback, where a log that is wanted lies. Raises ConfigError where there is none."""
+    if folder is None:
+        raise ConfigError(
+            "needs the folder of the feedback, and there is none", where=what, fix="give --feedback"
+        )
+    return folder
+
+
 class Backlog(Generic[One]):
     """Things become lines by `line`, on the thread that writes them. One event loop owns it."""
 
     def __init__(self, into: SegmentLog, what: str, line: Callable[[One], Mapping[str, Any]]) -> None:
         """what: in the plural, for whoever reads the warnings."""
-        self.into, self._what, self._line = into, what, line
+        self._log, self._what, self._line_of = into, what, line
         self._waiting: list[One] = []
         self._dropped = 0
 
@@ -34,10 +46,15 @@ class Backlog(Generic[One]):
             asyncio.get_running_loop().call_later(FLUSH_S, self._soon)
         self._waiting.append(one)
 
+    def tidy(self) -> None:
+        """Delete what is too old; blocks a little."""
+        with contextlib.suppress(OSError):
+            self._log.tidy()
+
     def close(self) -> None:
         """Write what waits, and finish the log."""
         self._flush(*self._taken())
-        self.into.close()
+        self._log.close()
 
     def _soon(self) -> None:
         taken = self._taken()
@@ -53,7 +70,7 @@ class Backlog(Generic[One]):
 
     def _flush(self, some: Sequence[One], dropped: int) -> None:
         try:
-            self.into.write([self._line(one) for one in some])
+            self._log.write([self._line_of(one) for one in some])
         except OSError as error:
             dropped += len(some)
             log.warning("%s cannot be written: %s", self._what, error.strerror)

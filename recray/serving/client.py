@@ -9,6 +9,7 @@ import urllib.parse
 import urllib.request
 from typing import Any
 
+from recray.config import parse_share
 from recray.errors import InputError, RecrayError
 from recray.serving import auth
 from recray.storage import place
@@ -123,12 +124,9 @@ def why(
 
 def share_of(text: str | float) -> float:
     """ "5%" or 0.05 as a number between 0 and 1. Raises InputError."""
-    try:
-        share = float(text.rstrip("% ")) / 100 if isinstance(text, str) and "%" in text else float(text)
-    except ValueError:
-        share = 0.0
-    if not 0 < share < 1:
-        raise InputError(f"{text!r:.40} is no share of the users", where="canary", fix="write 5%")
+    share = parse_share(str(text), what="canary")
+    if share == 1:
+        raise InputError("a canary of all users is none", fix="leave it out")
     return share
 
 

@@ -74,7 +74,7 @@ class TooLate(Exception):  # noqa: N818
 
 @dataclass(frozen=True, kw_only=True)
 class Deadlines:
-    """How long answers to POST /v1/recommend may take, waiting included."""
+    """How long answers of the models may take, waiting included."""
 
     default_ms: float = 5000.0  # of a request that says nothing
     max_ms: float = 60_000.0  # a request that asks for longer gets this
@@ -142,6 +142,7 @@ class Pace:
 
     def __init__(self) -> None:
         self._seen: dict[int, _Seen] = {}  # bits of a size -> its times
+        self._told: dict[int, float] = {}  # bits -> what is expected, until something is learned
 
     def add(self, size: int, seconds: float) -> None:
         """Learn that `size` took `seconds`."""
@@ -155,17 +156,24 @@ class Pace:
             seen.deviation += gain * (abs(seconds - seen.mean) - seen.deviation)
             seen.mean += gain * (seconds - seen.mean)
         seen.belief = 1.0
+        self._told = {}
 
     def doubt(self, size: int, belief: float = DOUBT) -> None:
         """Believe a little less of what held `size` back, so that it is tried again now and then."""
         for bits, seen in list(self._seen.items()):
             if bits <= size.bit_length() or len(self._seen) == 1:
                 seen.belief *= belief
+        self._told = {}
 
     def seconds(self, size: int) -> float:
         """What `size` is expected to take: no less than what is smaller takes; 0 as long as nobody knows."""
+        told, bits = self._told, size.bit_length()
+        if bits not in told:
+            told[bits] = self._expected(bits)
+        return told[bits]
+
+    def _expected(self, bits: int) -> float:
         known = sorted((bits, seen.value) for bits, seen in list(self._seen.items()) if seen.count > WARM)
-        bits = size.bit_length()
         most = max((value for other, value in known if other <= bits), default=0.0)
         if most or not known:
             return most

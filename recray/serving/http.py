@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import time
-import uuid
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -72,18 +72,13 @@ def build_asgi(
     """The application; with a digest, /v1/* asks for that bearer token. users: takes and recalls events.
     steps: taken at /admin/* by whom `admin.check_token` lets in. seen: notes what is answered and refused.
     door: gives deadlines, and lets in who can be answered."""
-    described = schema.openapi(__version__)
+    door, described = door or Door(), schema.openapi(__version__)
     admission.document(described)
     if steps is not None:
         admin.document(described)
     if seen is not None:
         answers.document(described)
     document, html = orjson.dumps(described), page(described)
-
-    async def similar(request: Request) -> Response:
-        query = schema.parse_similar(request.query_params)
-        reply = await answerer.similar(request.path_params["id"], query.k)
-        return Response(_told(request.scope["state"], reply), media_type="application/json")
 
     async def events(request: Request) -> Response:
         ask = schema.parse_body(await _json_body(request.scope, request.receive), schema.EventsRequest)
@@ -109,7 +104,7 @@ def build_asgi(
 
     router = Router(
         [
-            Route("/v1/items/{id:path}/similar", similar, methods=["GET"]),
+            _similar(answerer, door),
             Route("/v1/events", events, methods=["POST"]),
             Route("/healthz", healthz),
             Route("/readyz", readyz),
@@ -120,7 +115,22 @@ def build_asgi(
         ],
         redirect_slashes=False,
     )
-    return _Gate(router, _Recommend(answerer, users, seen, door or Door()), token_digest, admin_digest, seen)
+    return _Gate(router, _Recommend(answerer, users, seen, door), token_digest, admin_digest, seen)
+
+
+def _similar(answerer: Answerer, door: Door) -> Route:
+    """GET /v1/items/{id}/similar, where nothing stands in for an answer that is late."""
+
+    async def similar(request: Request) -> Response:
+        visit = door.enter(request.scope["headers"])
+        try:
+            k = schema.parse_query(request.query_params, schema.SimilarQuery).k
+            reply = await door.in_time(visit, answerer.similar(request.path_params["id"], k))
+        finally:
+            door.leave()
+        return Response(_told(request.scope["state"], reply), media_type="application/json")
+
+    return Route("/v1/items/{id:path}/similar", similar, methods=["GET"])
 
 
 class _Recommend:
@@ -177,7 +187,7 @@ class _Gate:
         headers, path = dict(scope["headers"]), _path(scope)
         request_id = headers.get(b"x-request-id", b"").decode("latin-1")
         if not schema.REQUEST_ID.fullmatch(request_id):
-            request_id = uuid.uuid4().hex
+            request_id = os.urandom(16).hex()
         state = scope.setdefault("state", {})
         state["request_id"] = request_id
         scope["app"] = self  # so the router raises what it does not know

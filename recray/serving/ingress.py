@@ -44,7 +44,7 @@ class Ingress:
         front.users.rows_of([""])
 
     async def recommend(self, ask: RecommendRequest) -> Reply:
-        start = time.monotonic()
+        start, due = time.monotonic(), ask.due
         asked, spot = self._checked(ask), None
         if self.answers is not None:
             spot = _spot(ask, asked)
@@ -52,9 +52,9 @@ class Ingress:
             if items is not None:
                 return Reply(items, self.front.generation, list(asked.degraded), {"total": ms(start)})
         try:
-            if ask.due != math.inf:
-                self._check_time(ask.due - start)
-            line = await self.layout.answer(asked, ask.due)
+            if due != math.inf:
+                self._check_time(due - start)
+            line = await self.layout.answer(asked, due)
         except TooLate as late:
             return self._at_hand(asked, spot, late.why, start)
         degraded = list(asked.degraded)
@@ -135,6 +135,17 @@ class Ingress:
         return self.front.generation
 
     def _checked(self, ask: RecommendRequest) -> Request:
+        if ask.filter or ask.caps or ask.context:
+            self._check_columns(ask)
+        try:
+            return self.front.request(
+                ask.user, ask.history, ask.k, ask.exclude, ask.plain_filter(), ask.context,
+                events=ask.recent, pin=ask.plain_pins(), caps=ask.caps, diversity=ask.diversity,
+            )  # fmt: skip
+        except InputError as error:
+            raise ApiError(422, "invalid_value", str(error), error.where or "body") from None
+
+    def _check_columns(self, ask: RecommendRequest) -> None:
         features = self.front.item_features
         columns = [] if features is None else features.column_names
         for part, given, known in (
@@ -146,13 +157,6 @@ class Ingress:
                 if column not in known:
                     words = f"no {part} column of that name; there are: {', '.join(known) or 'none'}"
                     raise ApiError(422, "unknown_column", words, f"body.{part}.{column[:100]}")
-        try:
-            return self.front.request(
-                ask.user, ask.history, ask.k, ask.exclude, ask.plain_filter(), ask.context,
-                events=ask.recent, pin=ask.plain_pins(), caps=ask.caps, diversity=ask.diversity,
-            )  # fmt: skip
-        except InputError as error:
-            raise ApiError(422, "invalid_value", str(error), error.where or "body") from None
 
 
 def _spot(ask: RecommendRequest, asked: Request) -> Spot:

@@ -15,8 +15,6 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
-import numpy as np
-
 from recray.bundles.bundle import Bundle, Front, Request
 from recray.recommender import Source
 from recray.serving import aside, stages
@@ -88,10 +86,10 @@ class Fused:
     """The models in this process, on `threads` threads that take a batch each."""
 
     def __init__(self, bundle: Bundle, batch: Batch, threads: int = 1) -> None:
-        self.paces = Paces()
+        paces = self.paces = Paces()  # by its own name below: nothing must hold itself, see `process.freeze`
 
         def answers(asks: Sequence[Timed]) -> Sequence[Line | TooLate]:
-            return _answered(bundle, asks, self.paces)
+            return _answered(bundle, asks, paces)
 
         def similars(asks: Sequence[tuple[int, int]]) -> Sequence[stages.Found]:
             return [stages.similar(bundle, row, k) for row, k in asks]
@@ -135,14 +133,14 @@ class Split:
         aside: Callable[..., Awaitable[Any]] | None = None,
         generations: Sequence[Callable[[], Awaitable[str]]] = (),
     ) -> None:
-        self.paces = Paces()
+        paces = self.paces = Paces()  # by its own name below: nothing must hold itself, see `process.freeze`
 
         async def together(requests: Sequence[Request]) -> Sequence[Line | TooLate]:
             return await _through(front, [Timed(request) for request in requests], retrieve, rank, Paces())
 
         async def answered(asks: Sequence[Timed]) -> Sequence[Line | BaseException]:
             try:
-                return await _through(front, asks, retrieve, rank, self.paces)
+                return await _through(front, asks, retrieve, rank, paces)
             except ApiError as error:  # nobody of the batch is at fault
                 return [error] * len(asks)
 
@@ -273,21 +271,16 @@ def lines_of(
     of: int = 0,
 ) -> list[Line]:
     """What `Bundle.recommend` answers for the same (rows, scores, source): a request's best k, as ids."""
-    kept, scores = [], []
-    for request, (rows, line, _) in zip(requests, best, strict=True):
-        real = rows[: request.k] >= 0
-        kept.append(rows[: request.k][real])
-        scores.append(line[: request.k][real].tolist())
-    names, start = front.items.ids_of(np.concatenate(kept)), 0
     made: list[Line] = []
-    for request, rows, line, (_, _, source) in zip(requests, kept, scores, best):
-        part = zip(names[start : start + len(line)], line)
-        items = [{"item": i, "score": s, "source": source} for i, s in part]
-        if request.rules is not None:
-            for place in np.flatnonzero(np.isin(rows, list(request.pinned))):
-                items[place]["source"] = "pin"
+    for request, (rows, scores, source) in zip(requests, best, strict=True):
+        pairs = zip(rows[: request.k].tolist(), scores[: request.k].tolist())
+        found, pinned = [(row, score) for row, score in pairs if row >= 0], request.pinned
+        names = front.items.ids_of([row for row, _ in found])
+        items = [
+            {"item": name, "score": score, "source": "pin" if row in pinned else source}
+            for name, (row, score) in zip(names, found)
+        ]
         made.append(Line(items, timing_ms, "", began, len(made), of))
-        start += len(line)
     return made
 
 

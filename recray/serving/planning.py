@@ -33,9 +33,10 @@ if TYPE_CHECKING:
 Chosen = Literal["fused", "split"]
 PROCESS = 4 * (1 << 30) // 10  # bytes of Python, torch and Ray in a replica before it holds a model
 GENERATIONS = 3  # that a replica holds at a time, at most; see `generations.State.resident`
-HISTORY = 50  # items of a history, where bytes on the way are reckoned
+HISTORY, CANDIDATES = 50, 200  # items of each, where bytes on the way are reckoned
 CLIENTS = 64  # that ask at a time, where nothing else is said
 TOGETHER = 16  # requests in the batch whose time is measured
+REPEATS = 9  # of which the median counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,13 +115,12 @@ def make_plan(
     layout: Layout = "auto",
     batch: Batch | None = None,
     clients: int = CLIENTS,
-    candidates: int = 200,
 ) -> ServePlan:
     """Choose a layout; `layout` and `batch` overrule. Raises ConfigError where nothing fits a node."""
     asked = batch or Batch(in_flight=max(2, _split_replicas(loads, machine)))
     expected: dict[Chosen, Expected] = {
         "fused": _fused(loads, machine, costs, asked, clients),
-        "split": _split(loads, machine, costs, asked, clients, candidates),
+        "split": _split(loads, machine, costs, asked, clients),
     }
     fused, split = expected["fused"], expected["split"]
     chosen, reason = _chosen(loads, fused, split, machine)
@@ -176,7 +176,7 @@ def _fused(
 
 
 def _split(
-    loads: Sequence[StageLoad], machine: Machine, costs: Costs, batch: Batch, clients: int, candidates: int
+    loads: Sequence[StageLoad], machine: Machine, costs: Costs, batch: Batch, clients: int
 ) -> Expected:
     replicas = _split_replicas(loads, machine)
     together = _together(batch, clients, batch.in_flight)
@@ -184,7 +184,7 @@ def _split(
     busy = min(machine.nodes * machine.cores, replicas * (len(loads) + 1))
     return Expected(
         hops=len(loads),
-        bytes=_bytes(len(loads), candidates),
+        bytes=_bytes(len(loads)),
         replicas=replicas,
         batch=together,
         cpu_s=cpu,
@@ -207,11 +207,11 @@ def _together(batch: Batch, clients: int, ways: int) -> float:
     return max(1.0, min(float(batch.size), clients / ways))
 
 
-def _bytes(hops: int, candidates: int) -> int:
+def _bytes(hops: int) -> int:
     """What a request sends between processes: histories as rows there, rows and scores both ways."""
     asked, pair = 4 * HISTORY, 8
-    retrieve = 2 * asked + pair * candidates
-    return retrieve if hops < 2 else retrieve + asked + pair * candidates + pair * 10
+    retrieve = 2 * asked + pair * CANDIDATES
+    return retrieve if hops < 2 else retrieve + asked + pair * CANDIDATES + pair * 10
 
 
 def loads_of(artefact: Artefact) -> list[StageLoad]:
@@ -264,9 +264,9 @@ def measured(bundle: Bundle) -> list[StageLoad]:
     return made
 
 
-def _seconds(work: Callable[..., object], *asked: object, repeats: int = 9) -> float:
+def _seconds(work: Callable[..., object], *asked: object) -> float:
     took = []
-    for _ in range(repeats + 2):
+    for _ in range(2 + REPEATS):
         start = time.perf_counter()
         work(*asked)
         took.append(time.perf_counter() - start)

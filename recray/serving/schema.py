@@ -272,11 +272,6 @@ def _is_plain(body: dict[Any, Any]) -> bool:
     return True
 
 
-def parse_similar(query: Mapping[str, str]) -> SimilarQuery:
-    """Validate a query string. Raises ApiError (422)."""
-    return parse_query(query, SimilarQuery)
-
-
 def parse_query(query: Mapping[str, str], model: type[Model]) -> Model:
     """Validate a query string. Raises ApiError (422)."""
     values: dict[str, Any] = dict(query)

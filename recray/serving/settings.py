@@ -78,7 +78,7 @@ class GraphArgs:
     p99_ms: float | None = None  # all stages are sized for it together, see `scaling`; None: by Ray Serve
     trace: Tracing = field(default_factory=Tracing)  # spans of a share of the requests; by default of none
     answers: Keeping = field(default_factory=Keeping)  # kept for GET /v1/why; by default none are
-    deadline: Deadlines = field(default_factory=Deadlines)  # of answers to POST /v1/recommend
+    deadline: Deadlines = field(default_factory=Deadlines)  # of what the models answer
     cache: Caching = field(default_factory=Caching)  # of answers, by each ingress replica; by default none
     canary: Band = field(default_factory=Band)  # what a canary may be worse by before it is rolled back
     price: Price = field(default_factory=Price)  # of a machine, for the metric of cost per 1,000 answers

@@ -9,7 +9,7 @@ Shapes: B requests, C candidates, k places of the answer.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from recray.bundles.bundle import Bundle, Request
 from recray.bundles.filters import Filter
 from recray.data.sequences import Histories
 from recray.models.base import Context
-from recray.recommender import Candidates
+from recray.recommender import Candidates, Ranked
 from recray.retrieval.arrange import Rules
 
 
@@ -60,17 +60,17 @@ class Found(NamedTuple):
 def retrieve(bundle: Bundle, batch: RetrieveBatch) -> Found:
     """The best items of each request by the retriever; asks that want as many under the same filter
     go through the model together."""
-    made = _empty(len(batch.wants), max(batch.wants))
-    for places in _groups([(w, repr(f), r) for w, f, r in zip(batch.wants, batch.filters, batch.rules)]):
+
+    def found(places: list[int]) -> Candidates:
         want, mask = batch.wants[places[0]], bundle.filters.mask(batch.filters[places[0]])
         histories, barred = _some(batch.histories, places), _some(batch.exclude, places)
         rules = batch.rules[places[0]]
         if rules is None:
-            found = bundle.recommender.retrieve(histories, want, barred, mask)
-        else:
-            found = _ruled(bundle, rules, histories, barred, mask)
-        made.rows[places, :want], made.scores[places, :want] = found.rows, found.scores
-    return made
+            return bundle.recommender.retrieve(histories, want, barred, mask)
+        return _ruled(bundle, rules, histories, barred, mask)
+
+    keys = [(w, repr(f), r) for w, f, r in zip(batch.wants, batch.filters, batch.rules)]
+    return _by_group(keys, max(batch.wants), found)
 
 
 def _ruled(
@@ -92,8 +92,8 @@ def _ruled(
 
 def rank(bundle: Bundle, batch: RankBatch) -> Found:
     """The best k of each request's candidates; asks with as many candidates go together."""
-    made = _empty(len(batch.wants), batch.k)
-    for places in _groups(list(zip(batch.wants, batch.rules))):
+
+    def best(places: list[int]) -> Ranked:
         want, rules = batch.wants[places[0]], batch.rules[places[0]]
         histories = _some(batch.histories, places)
         lines = batch.rows[places, :want].astype(np.int64)
@@ -101,12 +101,10 @@ def rank(bundle: Bundle, batch: RankBatch) -> Found:
         context: Context = {name: rows[places] for name, rows in batch.context.items()}
         scores = bundle.recommender.rank(histories, candidates, context)
         if rules is None:
-            best = bundle.recommender.top(histories, candidates, scores, batch.k)
-            made.rows[places], made.scores[places] = best.rows, best.scores
-        else:
-            best = bundle.recommender.arrange(histories, candidates, scores, rules, bundle.groups(rules))
-            made.rows[places, : rules.k], made.scores[places, : rules.k] = best.rows, best.scores
-    return made
+            return bundle.recommender.top(histories, candidates, scores, batch.k)
+        return bundle.recommender.arrange(histories, candidates, scores, rules, bundle.groups(rules))
+
+    return _by_group(list(zip(batch.wants, batch.rules)), batch.k, best)
 
 
 def similar(bundle: Bundle, row: int, k: int) -> Found:
@@ -166,17 +164,22 @@ def to_rank(
     )
 
 
-def _empty(b: int, width: int) -> Found:
-    return Found(np.full((b, width), -1, np.int32), np.full((b, width), -np.inf, np.float32))
+def _by_group(
+    keys: Sequence[Hashable], width: int, work: Callable[[list[int]], Candidates | Ranked]
+) -> Found:
+    """What `work` finds for the places of equal keys, as lines of one `width`."""
+    groups: dict[Hashable, list[int]] = {}
+    for place, key in enumerate(keys):
+        groups.setdefault(key, []).append(place)
+    made = Found(np.full((len(keys), width), -1, np.int32), np.full((len(keys), width), -np.inf, np.float32))
+    for places in groups.values():
+        found = work(places)
+        if found.rows.shape == made.rows.shape:  # of them all
+            return Found(found.rows.astype(np.int32), found.scores)
+        wide = found.rows.shape[1]
+        made.rows[places, :wide], made.scores[places, :wide] = found.rows, found.scores
+    return made
 
 
 def _some(histories: Histories, places: Sequence[int]) -> Histories:
     return histories if len(places) == len(histories) else histories.take(np.asarray(places, np.int64))
-
-
-def _groups(keys: Sequence[Hashable]) -> Iterator[list[int]]:
-    """The places of equal keys, group by group."""
-    groups: dict[Hashable, list[int]] = {}
-    for place, key in enumerate(keys):
-        groups.setdefault(key, []).append(place)
-    return iter(groups.values())

@@ -39,12 +39,9 @@ _Shown = tuple[str, "str | None", float, str, Sequence[Any]]  # request, user, t
 class UserState:
     """What one ingress replica keeps of users. One event loop owns it."""
 
-    def __init__(
-        self, store: Store, feedback: Path | None = None, limits: Limits | None = None, *,
-        clock: Callable[[], float] = time.time,
-    ) -> None:  # fmt: skip
+    def __init__(self, store: Store, feedback: Path | None = None, limits: Limits | None = None) -> None:
         """feedback: the folder of the logs; without one nothing is logged. Raises ConfigError for it."""
-        self._store, self._clock = store, clock
+        self._store = store
         self._events = None if feedback is None else SegmentLog(feedback, EVENTS, limits)
         self._impressions: Backlog[_Shown] | None = None
         if feedback is not None:
@@ -66,7 +63,7 @@ class UserState:
 
     async def keep(self, ask: EventsRequest, request_id: str) -> tuple[int, int]:
         """(events that are kept now, how many of them were known before). Raises ApiError."""
-        events = events_of(ask, request_id, self._clock())
+        events = events_of(ask, request_id, time.time())
         try:
             new = await self._write(events)
         except StoreError:
@@ -77,7 +74,7 @@ class UserState:
     def shown(self, request_id: str, user: str | None, generation: str, items: Sequence[Any]) -> None:
         """Log what was answered, a little later."""
         if self._impressions is not None:
-            self._impressions.add((request_id, user, self._clock(), generation, items))
+            self._impressions.add((request_id, user, time.time(), generation, items))
 
     def close(self) -> None:
         """Write what waits, and let go of everything."""

@@ -10,7 +10,6 @@ log as it is. Spans name a generation and counts, and nobody.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
 import re
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from recray.errors import ConfigError
 from recray.feedback.log import Limits, SegmentLog
-from recray.serving.backlog import Backlog
+from recray.serving.backlog import Backlog, folder_for
 
 if TYPE_CHECKING:
     from recray.serving.http import Reply
@@ -83,7 +82,7 @@ def parent_of(headers: Iterable[tuple[bytes, bytes]]) -> Parent | None:
 _Traced = tuple[str, "Parent | None", "Reply", int]  # trace id, parent, reply, end in ns
 
 
-class Tracer:
+class Tracer(Backlog[_Traced]):
     """One process's end of the log of spans. One event loop owns it."""
 
     def __init__(
@@ -96,8 +95,7 @@ class Tracer:
     ) -> None:
         """Raises ConfigError for a folder that cannot be written."""
         self._share, self._draw, self._clock = tracing.share, random.Random(seed), clock
-        self._log = SegmentLog(folder, LOG, tracing.limits)
-        self._backlog: Backlog[_Traced] = Backlog(self._log, LOG, self._line)
+        super().__init__(SegmentLog(folder, LOG, tracing.limits), LOG, self._line)
 
     def note(self, headers: Iterable[tuple[bytes, bytes]], reply: Reply) -> str | None:
         """Trace an answer that has just been sent, if it is to be; returns the trace's id."""
@@ -106,17 +104,8 @@ class Tracer:
         if not wanted:
             return None
         trace = self._id(128) if parent is None else parent.trace
-        self._backlog.add((trace, parent, reply, self._clock()))
+        self.add((trace, parent, reply, self._clock()))
         return trace
-
-    def tidy(self) -> None:
-        """Delete what is too old; blocks a little."""
-        with contextlib.suppress(OSError):
-            self._log.tidy()
-
-    def close(self) -> None:
-        """Write what waits, and let go of it."""
-        self._backlog.close()
 
     def _line(self, traced: _Traced) -> dict[str, Any]:
         trace, parent, reply, end = traced
@@ -146,12 +135,7 @@ class Tracer:
 
 def open_tracer(folder: Path | None, tracing: Tracing) -> Tracer | None:
     """The log in a folder, None where nothing is traced. Raises ConfigError."""
-    if not tracing.share:
-        return None
-    if folder is None:
-        words = "is kept in the folder of the feedback, and there is none"
-        raise ConfigError(words, where="trace", fix="give --feedback")
-    return Tracer(folder, tracing)
+    return Tracer(folder_for("trace", folder), tracing) if tracing.share else None
 
 
 def _span(

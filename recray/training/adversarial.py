@@ -42,7 +42,7 @@ def perturbed(tables: Iterable[ShardedTable], size: float) -> Iterator[None]:
         yield
 
 
-def attacked(model: Model, data: Dataset, size: float, *, batch_size: int = 128, seed: int = 0) -> Model:
+def attacked(model: Model, data: Dataset, size: float, *, batch_size: int = 128) -> Model:
     """A copy that is moved against itself by FGSM: its tables, and BPR's users, too (see `AttackedBPR`).
 
     Gradients are those of its own loss over the train split. Raises ConfigError for a model without a
@@ -55,7 +55,7 @@ def attacked(model: Model, data: Dataset, size: float, *, batch_size: int = 128,
     made = copy.deepcopy(model).eval()
     tables = [table for table in made.tables.values() if isinstance(table, DenseTable)]
     made.zero_grad()
-    for batch in made.batches(data, batch_size=batch_size, epoch=1, seed=seed, rank=0, world=1):
+    for batch in made.batches(data, batch_size=batch_size, epoch=1, seed=0, rank=0, world=1):
         made.loss(batch).backward()  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for table in tables:

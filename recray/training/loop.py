@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from recray import progress
-from recray.data.feed import prefetched
+from recray.data.feed import Prefetched
 from recray.errors import ConfigError, InputError, RecrayError
 from recray.evaluation import TopK, evaluate, model_top_k
 from recray.models.base import Model
@@ -86,8 +86,8 @@ def fit(
 ) -> FitResult:
     """Train a model with gradients in place, on this rank's share of the batches.
 
-    `report` is called on every rank after each epoch, and each `train.save_steps` steps with None for
-    the epoch; the state's tensors are the live ones, to be written before it returns. `resume` is a
+    `report` is called on every rank after each epoch, and each `train.save_steps` steps within one with None
+    for the epoch; the state's tensors are the live ones, to be written before it returns. `resume` is a
     state's folder, of any number of ranks, and `identity` says of which run it must be.
     Raises ConfigError for a device that is not there, InputError for a dataset without batches,
     ArtefactError for a state that cannot be read, TrainingError for a loss that is not finite.
@@ -219,8 +219,11 @@ class _Run:
             world=ranks.size,
             skip=skip,
         )
-        with contextlib.closing(prefetched(made)) as batches:
+        due = False  # a state, unless the epoch is over: that has one of its own
+        with contextlib.closing(Prefetched(made)) as batches:
             for group in _groups(self._told(batches), train.accumulate):
+                if due:
+                    report(None, self._sound_state())
                 loss = self._step(group)
                 batch, step = self.position.batch + len(group), self.position.step + 1
                 if not math.isfinite(loss):
@@ -233,8 +236,7 @@ class _Run:
                 if bar is not None:
                     bar.set_postfix_str(f"loss {self.position.loss_mean:.4f}")
                     bar.update(len(group))
-                if train.save_steps and step % train.save_steps == 0:
-                    report(None, self._sound_state())
+                due = bool(train.save_steps) and step % train.save_steps == 0
             self.waited += batches.waited
         if not self.position.batch:
             raise InputError("has no history long enough to learn from", where=self.data.artefact.place)

@@ -187,8 +187,8 @@ class SharedWire(Wire):
 
     shares_memory = True
 
-    def __init__(self, group: Any = None) -> None:
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+    def __init__(self) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
         if self.size > _MOST_RANKS or platform.machine() != "x86_64":
             raise OSError("counters in shared memory need a machine that keeps the order of writes")
         self._mine = _Page(4096)

@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 import os
 import platform
-import tempfile
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from recray.bundles.build import models_of
 from recray.data.dataset import Dataset
 from recray.errors import BudgetError, ConfigError, RecrayError
 from recray.manifest import Artefact, versions
 from recray.models.base import Model, Ranker, Retriever
-from recray.models.saved import load_model
 from recray.money import Price, bill
 from recray.progress import say, warn
-from recray.storage import Place
+from recray.storage import Place, scratch
 from recray.tuning import front_page, packing
 from recray.tuning.forecast import Forecast, part_points, smallest
 from recray.tuning.judge import Judge
@@ -97,7 +96,7 @@ def search_compress(
             f"{milliseconds(http_overhead_s)} of HTTP",
             fix="give a larger --p99",
         )
-    models = _models(retriever, ranker, dataset)
+    models = models_of(retriever, ranker, dataset)
     space = _space(*models)
     _check_size(space, models, limits.size)
     parents = {"dataset": dataset.artefact, "checkpoint": retriever}
@@ -114,7 +113,7 @@ def search_compress(
     )
     hashes = {role: parent.hash for role, parent in parents.items()}
     work = Work(space, models, tried, budget, limits, http_overhead_s, tolerance, out, hashes)
-    with tempfile.TemporaryDirectory(prefix="recray-pieces-", ignore_cleanup_errors=True) as pieces:
+    with scratch() as pieces:
         asked = objective or replace(tried, pieces=pieces)
         if objective is None and (trials >= PARTS_FROM if parts is None else parts):
             work.measure_parts(replace(tried, pieces=pieces), workers, address)
@@ -245,25 +244,6 @@ def _tell(made: Artefact, front: dict[str, Any], chosen: dict[str, Any]) -> None
             chosen["why"], fix=f"give a larger budget or more --trials; {made.place} keeps what was tried"
         )
     say(f"chosen: {chosen['why']}")
-
-
-def _models(
-    retriever: Artefact, ranker: Artefact | None, dataset: Dataset
-) -> tuple[Retriever, Ranker | None]:
-    """Both models, checked against each other and the dataset before anything is built."""
-    first, second = load_model(retriever), None if ranker is None else load_model(ranker)
-    if not isinstance(first, Retriever):
-        raise ConfigError(f"{first.name} is not a retriever", fix="give it as --ranker")
-    if second is not None and not isinstance(second, Ranker):
-        raise ConfigError(f"{second.name} is not a ranker", fix="give it as the checkpoint")
-    for model, artefact in ((first, retriever), (second, ranker)):
-        if model is not None and artefact is not None and model.n_items != dataset.n_items:
-            raise ConfigError(
-                f"knows {model.n_items} items and the dataset has {dataset.n_items}",
-                where=artefact.place,
-                fix="give checkpoints that were trained on the same dataset",
-            )
-    return first, second
 
 
 def _check_size(space: Space, models: tuple[Model, Model | None], size: float) -> None:

@@ -168,9 +168,7 @@ class Forecast:
 
     def bound(self, point: Point) -> dict[str, float]:
         """What a plan will hardly go below: bytes, and p99 less the model's error."""
-        plan = packing.plan_of(point)
-        light = packing.coded_bytes(self.models["retriever"], plan.retriever_codec)
-        light += packing.coded_bytes(self.models["ranker"], plan.ranker_codec)
+        light = packing.table_bytes(point, self.models["retriever"], self.models["ranker"])
         return {"bytes": light, "p99": self.model.surely_above(self.features(point))}
 
     def rival(self, point: Point) -> tuple[Sequence[float], ...]:

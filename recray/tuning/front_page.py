@@ -15,7 +15,7 @@ from html import escape
 from typing import Any
 
 from recray.tuning.pareto import megabytes, milliseconds, money
-from recray.tuning.picture import round_ticks
+from recray.tuning.picture import grid, round_ticks
 
 Row = Mapping[str, Any]
 
@@ -166,21 +166,11 @@ def _panel(front: Mapping[str, Any], term: str) -> str:
     y_of, y_ticks = _scale([row["metrics"][front["metric"]] for row in good], HEIGHT - BOTTOM, TOP)
     show = milliseconds if term == "p99" else megabytes
     floor, wall, edge = HEIGHT - BOTTOM, WIDTH - RIGHT, x_of(limit)
+    xs, ys = [(x_of(tick), show(tick)) for tick in x_ticks], [(y_of(tick), f"{tick:g}") for tick in y_ticks]
     parts = [
-        f'<rect x="{LEFT}" y="{TOP}" width="{edge - LEFT:.1f}" height="{floor - TOP}" fill="var(--wash)"/>'
+        f'<rect x="{LEFT}" y="{TOP}" width="{edge - LEFT:.1f}" height="{floor - TOP}" fill="var(--wash)"/>',
+        grid(xs, ys, left=LEFT, right=wall, top=TOP, bottom=floor),
     ]
-    for tick in x_ticks:
-        x = x_of(tick)
-        parts.append(
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{floor}" stroke="var(--line)"/>'
-            f'<text x="{x:.1f}" y="{floor + 17}" text-anchor="middle">{show(tick)}</text>'
-        )
-    for tick in y_ticks:
-        y = y_of(tick)
-        parts.append(
-            f'<line x1="{LEFT}" x2="{wall}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>'
-            f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>'
-        )
     parts.append(
         f'<line class="budget" x1="{edge:.1f}" x2="{edge:.1f}" y1="{TOP - 8}" y2="{floor}" '
         f'stroke="var(--limit)" stroke-width="1.5" stroke-dasharray="5 4"/>'

@@ -14,7 +14,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 
 import recray
 from recray.errors import ConfigError, RecrayError
+from recray.storage import scratch
 
 SLOT = Path("/tmp/recray-measuring.lock")
 STARTUP = 180.0  # seconds a child may take to open what it measures
@@ -87,8 +87,8 @@ def measure(call: str, arguments: Mapping[str, Any], effort: Effort | None = Non
     `(ask, n)`: ask(i) answers the i-th of n requests. Raises RecrayError when the child fails.
     """
     effort = effort or Effort()
-    with tempfile.TemporaryDirectory(prefix="recray-probe-") as folder:
-        result = Path(folder) / "result.json"
+    with scratch() as folder:
+        result = folder / "result.json"
         order = {
             "call": call,
             "arguments": dict(arguments),

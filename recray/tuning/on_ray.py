@@ -14,9 +14,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
@@ -27,6 +25,7 @@ from ray import tune
 from ray.tune.search import Searcher
 
 from recray import connect
+from recray.storage import scratch
 from recray.tuning.sweep import Objective, Sweep, attempt
 from recray.tuning.trial import Outcome
 
@@ -47,8 +46,7 @@ def run_on_ray(sweep: Sweep, objective: Objective, *, workers: int, address: str
     if sweep.over:
         return
     with connect.session(address, num_cpus=max(workers, os.cpu_count() or 1)), quiet_tune():
-        scratch = tempfile.mkdtemp(prefix="recray-tune-")
-        try:
+        with scratch() as folder:
             tuner = tune.Tuner(
                 tune.with_resources(tune.with_parameters(_Tried, objective=objective), {"cpu": 1}),
                 tune_config=tune.TuneConfig(
@@ -61,15 +59,13 @@ def run_on_ray(sweep: Sweep, objective: Objective, *, workers: int, address: str
                 ),
                 run_config=tune.RunConfig(
                     name="search",
-                    storage_path=scratch,
+                    storage_path=str(folder),
                     verbose=0,
                     failure_config=tune.FailureConfig(max_failures=1),
                     checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                 ),
             )
             tuner.fit()
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
 
 
 class _Tried(tune.Trainable):  # type: ignore[misc]

@@ -7,8 +7,6 @@ users' items, and timed one user at a time on their real histories.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -29,6 +27,7 @@ from recray.data.dataset import Cases, Dataset, open_dataset
 from recray.manifest import Artefact, open_artefact
 from recray.models.base import Model, Ranker, Retriever
 from recray.models.embeddings import Table
+from recray.storage import scratch
 from recray.tuning.latency import Effort, Measurement, measure, slot
 from recray.tuning.probe import measured_here
 from recray.tuning.race import raced
@@ -94,7 +93,7 @@ def first_points(space: Space) -> list[Point]:
     return [usual, {name: wished.get(name, value) for name, value in usual.items()}]
 
 
-def table_bytes(point: Mapping[str, Scalar], retriever: Model, ranker: Model | None) -> int:
+def table_bytes(point: Mapping[str, Scalar], retriever: Model | None, ranker: Model | None) -> int:
     """The bytes of the encoded tables, which a plan's bundle cannot go below; known without building."""
     plan = plan_of(point)
     return coded_bytes(retriever, plan.retriever_codec) + coded_bytes(ranker, plan.ranker_codec)
@@ -130,7 +129,7 @@ class PlanTrial:
     users: int
     seed: int
     effort: Effort = field(default_factory=Effort)
-    pieces: str | None = None
+    pieces: Path | None = None
     part: bool = False
 
     def settings(self) -> dict[str, Any]:
@@ -144,13 +143,12 @@ class PlanTrial:
         return replace(self, part=True, users=min(self.users, PART_USERS), effort=effort)
 
     def __call__(self, point: Point, rival: Sequence[float] | None = None) -> Outcome:
-        with tempfile.TemporaryDirectory(prefix="recray-trial-") as scratch, ExitStack() as stack:
+        with scratch() as folder, ExitStack() as stack:
             stack.enter_context(_threads(self.effort.threads if self.part else None))
             shared = stack.enter_context(ExitStack())
             shared.enter_context(slot(shared=True))
             data, cases = _asked(self.dataset, self.users, self.seed)
             retriever, ranker = _checkpoints(self.retriever, self.ranker)
-            folder = Path(scratch)
             plan = plan_of(point)
             pieces = self._pieces()
             bundle = build(folder / "bundle", retriever, ranker, data, plan, pieces=pieces)
@@ -195,9 +193,7 @@ class PlanTrial:
         return measure("recray.tuning.probe:bundle_requests", arguments, effort)
 
     def _pieces(self) -> Path | None:
-        if self.pieces is None or not os.path.isdir(self.pieces):
-            return None
-        return Path(self.pieces)
+        return self.pieces if self.pieces is not None and self.pieces.is_dir() else None
 
 
 @contextmanager

@@ -156,6 +156,29 @@ def _numbers(name: str, value: Callable[[Row], float], low: float, high: float, 
     return Axis(name, lambda row: share(value(row)), [(share(tick), f"{tick:g}") for tick in ticks])
 
 
+def grid(
+    xs: Sequence[tuple[float, str]],
+    ys: Sequence[tuple[float, str]],
+    *,
+    left: float,
+    right: float,
+    top: float,
+    bottom: float,
+) -> str:
+    """Thin lines at the places of ticks, their words below and on the left."""
+    parts = [
+        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top}" y2="{bottom}" stroke="var(--line)"/>'
+        f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{word}</text>'
+        for x, word in xs
+    ]
+    parts += [
+        f'<line x1="{left}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>'
+        f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{word}</text>'
+        for y, word in ys
+    ]
+    return "".join(parts)
+
+
 def round_ticks(low: float, high: float, log: bool) -> list[float]:
     """A few round numbers between two, in any order; the two themselves where there would be fewer."""
     low, high = min(low, high), max(low, high)

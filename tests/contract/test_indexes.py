@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recray.compression.codec import encode_table
+from recray.data.sequences import Histories
 from recray.errors import ArtefactError, ConfigError
 from recray.models.embeddings import DenseTable
 from recray.retrieval.index import INDEXES, build_index, index_class, index_params
@@ -91,6 +92,29 @@ def test_a_filter_is_obeyed_and_few_allowed_are_searched_exactly(
         assert np.array_equal(rows, wanted)
     else:
         assert recall(rows, wanted) >= 0.95
+
+
+@indexes
+@pytest.mark.parametrize("share", [None, 0.02, 0.9])
+def test_what_is_barred_of_one_query_is_left_out_of_its_list_alone(
+    name: str, params: dict[str, Any], share: float | None
+) -> None:
+    vectors, queries = clustered(), clustered(9, seed=8)
+    allowed = None if share is None else np.random.default_rng(6).random(N) < share
+    best = brute(vectors, queries, 30, allowed)
+    lines = [best[b, : 4 * b].tolist() for b in range(9)]  # of the first nothing, of the last 32 are barred
+    lines[3] += [-1, lines[3][0], -1]  # nothing, and what is there already
+    index = build_index(name, vectors, params)
+    scores, rows = index.search_without(queries, 10, Histories.of(lines), allowed)
+    for b, line in enumerate(lines):
+        left = np.ones(N, bool) if allowed is None else allowed.copy()
+        left[[row for row in line if row >= 0]] = False
+        wanted = brute(vectors, queries[b : b + 1], 10, left)
+        assert not set(line) & set(rows[b].tolist()) - {-1}
+        assert recall(rows[b : b + 1], wanted) >= 0.9
+        if name == "exact":
+            assert np.array_equal(rows[b : b + 1], wanted)
+    assert (np.diff(scores, axis=1) <= 0).all()
 
 
 @indexes

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models_data import ring
 from torch import Tensor
 
 from recray import config
@@ -22,6 +21,7 @@ from recray.models.embeddings import Table
 from recray.models.saved import catalogue_of, catalogue_report, load_model, options_of, save_model
 from recray.models.why import why, without_each
 from recray.recipes import RECIPES, recipe
+from tests.models_data import ring
 
 torch.set_num_threads(1)
 

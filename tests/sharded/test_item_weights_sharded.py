@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from models_data import ring
 from safetensors.torch import load_file, save_file
 
 from recray.models import build_model
 from recray.models.base import Catalogue
 from recray.training.wire import Wire, make_wire
+from tests.models_data import ring
 
 CASES = {
     "item-knn": {"neighbours": 5},

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+import recray
+from recray import manifest
 from recray.bundles.build import build
 from recray.bundles.bundle import Answer, Bundle, open_bundle
 from recray.bundles.plan import GRAPHS, Plan, choices
@@ -342,6 +344,19 @@ def test_a_flipped_byte_anywhere_is_refused(tmp_path: Path, bundles: dict[str, B
     (copy / "popularity.npy").unlink()
     with pytest.raises(ArtefactError, match="missing"):
         open_bundle(copy)
+
+
+def test_measuring_a_bundle_reads_each_byte_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    check = manifest.check_file
+
+    def noted(artefact: Artefact, name: str) -> None:
+        read.append(str(artefact.place / name))
+        check(artefact, name)
+
+    monkeypatch.setattr(manifest, "check_file", noted)
+    recray.evaluate(bundle)
+    assert len(read) == len(set(read)) > len(bundle.artefact.manifest.files), "the dataset's, too"
 
 
 def test_a_batch_of_a_quantized_graph_answers_as_each_alone(bundles: dict[str, Bundle]) -> None:

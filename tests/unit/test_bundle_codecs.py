@@ -142,3 +142,16 @@ def test_who_asks_is_known_of_retrievers_with_one_vector_a_user(data: Dataset, i
     assert found is not None
     assert (len(found), found.vectors.shape[0]) == (data.n_items, 7)
     assert asking(build_model("ease", Catalogue.of(data), {}), data) is None
+
+
+def test_what_users_would_be_shown_counts_where_there_are_items_enough(
+    data: Dataset, ials: Artefact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_model(ials)
+    plain = asking(model, data)
+    monkeypatch.setattr("recray.bundles.build._RARE", 0)
+    listed = asking(model, data)
+    assert plain is not None
+    assert listed is not None
+    assert len(plain.users) == len(data.histories("train").items)
+    assert len(listed.users) > len(plain.users)

@@ -269,7 +269,7 @@ def until(true: Callable[[], bool]) -> bool:
 @given(n=st.integers(0, 30), depth=st.integers(1, 4))
 def test_prefetched_is_the_source_in_order(n: int, depth: int) -> None:
     closed: list[bool] = []
-    with feed.prefetched(counting(n, [], closed), depth) as values:
+    with feed.Prefetched(counting(n, [], closed), depth) as values:
         assert list(values) == list(range(n))
         assert next(values, None) is None
     assert closed == [True]
@@ -277,7 +277,7 @@ def test_prefetched_is_the_source_in_order(n: int, depth: int) -> None:
 
 def test_at_most_depth_are_made_ahead() -> None:
     made: list[int] = []
-    with feed.prefetched(counting(9, made, []), 3) as values:
+    with feed.Prefetched(counting(9, made, []), 3) as values:
         assert until(lambda: len(made) == 3)
         time.sleep(0.02)
         assert made == [0, 1, 2]
@@ -290,7 +290,7 @@ def test_an_error_comes_where_its_value_would_have() -> None:
         yield 1
         raise InputError("broken")
 
-    with feed.prefetched(source()) as values:
+    with feed.Prefetched(source()) as values:
         assert next(values) == 1
         with pytest.raises(InputError, match="broken"):
             next(values)
@@ -301,7 +301,7 @@ def test_an_error_comes_where_its_value_would_have() -> None:
 def test_a_taker_who_stops_early_ends_the_thread_and_closes_the_source(how: str) -> None:
     closed: list[bool] = []
     source = counting(1000, [], closed)  # held here, so that nobody else closes it
-    values = feed.prefetched(source)
+    values = feed.Prefetched(source)
     thread = values._thread
     assert next(values) == 0
     if how == "close":
@@ -323,10 +323,10 @@ def test_waiting_is_counted() -> None:
             time.sleep(0.03)
             yield i
 
-    with feed.prefetched(slow()) as values:
+    with feed.Prefetched(slow()) as values:
         assert list(values) == [0, 1, 2]
         assert values.waited > 0.05
-    with feed.prefetched(iter(range(3))) as values:
+    with feed.Prefetched(iter(range(3))) as values:
         assert until(lambda: len(values._shelf.values) == 2)
         next(values)
         next(values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from hypothesis import given
@@ -32,6 +33,18 @@ def test_rows_and_ids_are_inverse(known: list[str], asked: list[str]) -> None:
     assert rows == ids.rows_of(pa.array(asked, pa.string())).tolist()
     assert [ids.id_of(r) if r >= 0 else None for r in rows] == [a if a in known else None for a in asked]
     assert all((a in ids) == (a in known) for a in asked)
+
+
+def test_ids_of_many_and_of_few_rows_are_the_same() -> None:
+    ids = Ids([f"i{row}" for row in range(20_000)])
+    rows = np.random.default_rng(0).integers(0, 20_000, 15_000)
+    many = ids.ids_of(rows)
+    assert many == [name for part in np.split(rows, 5) for name in ids.ids_of(part)]
+    assert ids.ids_of(rows[:3].tolist()) == many[:3]
+    assert ids.ids_of([]) == []
+    for wrong in ([3, -1], [20_000], np.append(rows, -1), np.append(rows, 20_000)):
+        with pytest.raises(IndexError):
+            ids.ids_of(wrong)
 
 
 @given(st.lists(WORDS, max_size=6))

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recray.data.sequences import Histories, append, concat
+from recray.data.sequences import PAD, Histories, append, concat
 
 LISTS = st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=8)
 
@@ -39,6 +39,24 @@ def test_last_and_without_last_share_a_history(sequences: list[list[int]], n: in
     assert lists(append(rest, last)) == sequences
     assert append(rest, last).weights is not None
     np.testing.assert_array_equal(append(rest, last).weights, h.weights)
+
+
+@given(LISTS, st.none() | st.integers(1, 8))
+def test_padded_keeps_the_newest(sequences: list[list[int]], length: int | None) -> None:
+    h = timed(sequences)
+    rows, lengths = h.padded(length)
+    width = max(map(len, sequences)) if length is None else length
+    newest = [s[max(len(s) - width, 0) :] for s in sequences]
+    assert lengths.tolist() == [len(s) for s in newest]
+    assert rows.tolist() == [s + [PAD] * (width - len(s)) for s in newest]
+
+
+@given(st.lists(st.lists(st.integers(-1, 3), max_size=4), min_size=1, max_size=5))
+def test_known_leaves_out_what_is_no_row(sequences: list[list[int]]) -> None:
+    h = timed(sequences)
+    for _ in range(2):  # the second time it is remembered whether there is anything to leave out
+        assert lists(h.known()) == [[row for row in s if row >= 0] for s in sequences]
+    assert (h.known() is h) == all(row >= 0 for s in sequences for row in s)
 
 
 @given(LISTS)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models_data import ring
 
 from recray.compression.distil import Lesson, Taught, check, teach
 from recray.data.dataset import Dataset
@@ -22,6 +21,7 @@ from recray.models.saved import load_model
 from recray.recipes import recipe
 from recray.training import beginning
 from recray.training.run import train
+from tests.models_data import fitted, ring, ring_dataset
 
 torch.set_num_threads(1)
 
@@ -35,19 +35,9 @@ def model_of(options: dict[str, Any], seed: int = 0) -> Any:
     return build_model("sasrec", Catalogue(N, {}), options, seed=seed)
 
 
-def fitted(model: Any, epochs: int, data: Any = DATA) -> Any:
-    optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    for epoch in range(epochs):
-        for batch in model.train().batches(data, batch_size=32, epoch=epoch, seed=0, rank=0, world=1):
-            optimizer.zero_grad()
-            model.loss(batch).backward()
-            optimizer.step()
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
 def teacher() -> Any:
-    return fitted(model_of(TEACHER), 12)
+    return fitted(model_of(TEACHER), DATA, 12)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +161,7 @@ def test_a_taught_student_ends_nearer_its_teacher(teacher: Any, tmp_path: Path) 
     def away(lesson: Any) -> float:
         student = model_of(STUDENT, seed=5)
         student.lesson = lesson
-        found = fitted(student, 40, little).score(asked).log_softmax(1)
+        found = fitted(student, little, 40).score(asked).log_softmax(1)
         return float((wanted * (wanted.log() - found)).sum(1).mean())  # KL divergence
 
     assert away(Lesson(Taught.load(tmp_path), "scores", weight=0.9)) < 0.85 * away(None)
@@ -188,10 +178,7 @@ WORDS = ["train.threads=1", "train.batch_size=32", "train.epochs=1", "options.he
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    folder = tmp_path_factory.mktemp("log")
-    rows = [f"u{u},i{(u * 7 + t) % 20},{t}" for u in range(60) for t in range(4 + u % 5)]
-    (folder / "log.csv").write_text("\n".join(["user,item,time", *rows]))
-    return prepare([str(folder / "log.csv")], out=str(folder / "dataset"))
+    return ring_dataset(tmp_path_factory.mktemp("log"))
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,14 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
 
 from recray.bundles.stage import example_inputs, write_graph
-from recray.compression.graph import GraphError, OnnxNetwork, export_onnx, parity, quantize_dynamic
+from recray.compression.graph import SLOW, GraphError, OnnxNetwork, export_onnx, parity, quantize_dynamic
 from recray.data.sequences import Histories
 from recray.errors import ArtefactError
 from recray.models import build_model
@@ -72,6 +74,29 @@ def test_quantized_is_smaller_and_marked(exported: tuple[Any, Path]) -> None:
     assert (folder / "small").stat().st_size < (folder / "whole").stat().st_size
     assert OnnxNetwork(folder / "small").alone
     assert not OnnxNetwork(folder / "whole").alone
+
+
+def test_additions_before_a_norm_stay_apart_since_the_fused_kernel_is_slow(tmp_path: Path) -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.LayerNorm(8)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.norm(a + b)  # type: ignore[no-any-return]
+
+    examples = [tuple(torch.randn(users, 4, 8) for _ in range(2)) for users in (2, 3)]
+    export_onnx(Normed(), examples, tmp_path / "normed")
+    kinds = []
+    for off in ([], SLOW):
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "made")
+        onnxruntime.InferenceSession(
+            tmp_path / "normed", options, providers=["CPUExecutionProvider"], disabled_optimizers=off
+        )
+        kinds.append({node.op_type for node in onnx.load(str(tmp_path / "made")).graph.node})
+    assert kinds == [{"SkipLayerNormalization"}, {"Add", "LayerNormalization"}]
+    assert parity(Normed(), OnnxNetwork(tmp_path / "normed"), examples) < 1e-5
 
 
 def test_from_bytes_and_from_several_threads(exported: tuple[Any, Path]) -> None:

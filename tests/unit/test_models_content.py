@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_data import SmallData
 
 from recray.data.item_features import ItemFeatures
 from recray.data.sequences import Histories
@@ -19,6 +18,7 @@ from recray.errors import ConfigError
 from recray.models import build_model
 from recray.models.base import Catalogue
 from recray.models.content import angles_of, described, values_of, words_of
+from tests.models_data import SmallData
 
 torch.set_num_threads(1)
 

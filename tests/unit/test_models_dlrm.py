@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models_data import ring
 
 from recray.bundles.stage import example_inputs
 from recray.compression.graph import OnnxNetwork, export_onnx, parity
@@ -17,6 +16,7 @@ from recray.errors import ConfigError
 from recray.models import build_model
 from recray.models.base import Catalogue
 from recray.models.dlrm import below
+from tests.models_data import ring
 
 torch.set_num_threads(1)
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from models_data import SmallData, ring
 from numpy.typing import NDArray
 
 from recray.data.sequences import PAD, Histories
@@ -22,6 +21,7 @@ from recray.models import build_model
 from recray.models.base import Catalogue
 from recray.models.fields import Attention, Drop
 from recray.models.rankers import before, inverse_propensities, losses_of, newest_first
+from tests.models_data import SmallData, ring
 
 torch.set_num_threads(1)
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_data import SmallData, ring
 from scipy import sparse
 
 from recray.compression.codec import encode_table
@@ -19,6 +18,7 @@ from recray.models import build_model, ials, ials_descent, ials_solve
 from recray.models.base import Catalogue
 from recray.models.embeddings import replace_tables
 from recray.models.ranks import Alone
+from tests.models_data import SmallData, ring
 
 torch.set_num_threads(1)
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_data import SmallData, ring
 from numpy.typing import NDArray
 from scipy import sparse
 
@@ -19,6 +18,7 @@ from recray.models import build_model, item_knn, neighbours
 from recray.models.base import Catalogue
 from recray.models.neighbours import strongest, strongest_dense, truncated_svd
 from recray.models.ratings import REG_ITEM, REG_USER, item_biases, ratings_of, user_biases
+from tests.models_data import SmallData, ring
 
 torch.set_num_threads(1)
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_data import ring
 from scipy import sparse
 
 from recray.data.sequences import Histories
@@ -17,6 +16,7 @@ from recray.errors import ConfigError
 from recray.models import build_model, linear
 from recray.models.base import Catalogue
 from recray.models.linear import inverse_gram, memory_needed, most_items
+from tests.models_data import ring
 
 torch.set_num_threads(1)
 

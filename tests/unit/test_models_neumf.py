@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models_data import SmallData, ring
 
 from recray.data.sequences import Histories
 from recray.errors import ConfigError
 from recray.models import build_model
 from recray.models.base import Catalogue
+from tests.models_data import SmallData, fitted, ring
 
 torch.set_num_threads(1)
 
@@ -25,20 +25,9 @@ def small(context: dict[str, int] | None = None, **changes: Any) -> Any:
     return build_model("neumf", Catalogue(23, context or {}), {**SMALL, **changes}).eval()
 
 
-def trained(data: Any, epochs: int = 10, **changes: Any) -> Any:
-    model = small(data.context_sizes, **changes).train()
-    optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    for epoch in range(epochs):
-        for batch in model.batches(data, batch_size=32, epoch=epoch, seed=0, rank=0, world=1):
-            optimizer.zero_grad()
-            model.loss(batch).backward()
-            optimizer.step()
-    return model.eval()
-
-
 @pytest.mark.parametrize("loss", ["sampled", "bce", "bpr"])
 def test_the_next_of_the_ring_is_learned(loss: str) -> None:
-    model = trained(ring(200), loss=loss)
+    model = fitted(small(loss=loss), ring(200), 10)
     asked = Histories.of([[(i + s) % 23 for i in range(5)] for s in range(23)])
     everything = np.tile(np.arange(23), (23, 1))
     scores = model.score(asked, everything)
@@ -77,6 +66,18 @@ def test_without_an_order_all_others_are_pooled_as_asking_pools_them() -> None:
     assert touched.nonzero().squeeze(1).tolist() == [1, 2, 3]
 
 
+def test_what_a_user_has_is_no_negative_where_there_is_no_order() -> None:
+    model = small(history="others", negatives=40, context_dim=1)
+    (batch, context), *_ = model.batches(
+        SmallData(23, Histories.of([[1, 2, 3]])), batch_size=4, epoch=0, seed=0, rank=0, world=1
+    )
+    assert {1, 2, 3} & set(batch.negatives.tolist())
+    model.loss((batch, context)).backward()
+    touched = model.tables["item_gmf"].weight.grad.abs().sum(1) > 0
+    drawn = {int(i) for i in batch.negatives} - {1, 2, 3}
+    assert {int(i) for i in touched.nonzero()} == drawn | {2, 3}  # as targets; 1 is never one
+
+
 def test_a_target_is_not_in_its_own_history() -> None:
     model = small()
     (batch, _), *_ = model.batches(
@@ -92,7 +93,8 @@ def test_context_is_learned_and_unknown_values_are_answered() -> None:
     day = rng.integers(1, 4, 3000).astype(np.int32)
     items = np.where(rng.random(3000) < 0.9, day * 5, rng.integers(0, 23, 3000)).astype(np.int32)
     histories = Histories(items, np.arange(0, 3001, 10, dtype=np.int64))
-    model = trained(SmallData(23, histories, {"day": 4}, {"day": day}), epochs=20)
+    data = SmallData(23, histories, {"day": 4}, {"day": day})
+    model = fitted(small(data.context_sizes), data, 20)
     asked, everything = Histories.of([[1, 2]] * 5), np.tile(np.arange(23), (5, 1))
     found = model.score(asked, everything, {"day": np.int32([1, 2, 3, 0, 99])})
     assert found.argmax(1)[:3].tolist() == [5, 10, 15]

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models_data import ring
 
 from recray.data.sequences import Histories
 from recray.errors import ConfigError
@@ -17,6 +16,7 @@ from recray.models import build_model
 from recray.models.base import Catalogue
 from recray.models.sequential import AT_ONCE, Encoder
 from recray.recipes import recipe
+from tests.models_data import fitted, ring
 
 torch.set_num_threads(1)
 
@@ -25,17 +25,6 @@ SMALL: dict[str, Any] = {"dim": 16, "max_len": 8, "heads": 2, "dropout": 0.1}
 
 def small(**changes: Any) -> Any:
     return build_model("sasrec", Catalogue(23, {}), {**SMALL, **changes}).eval()
-
-
-def trained(data: Any, epochs: int = 10, **changes: Any) -> Any:
-    model = small(**changes).train()
-    optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    for epoch in range(epochs):
-        for batch in model.batches(data, batch_size=32, epoch=epoch, seed=0, rank=0, world=1):
-            optimizer.zero_grad()
-            model.loss(batch).backward()
-            optimizer.step()
-    return model.eval()
 
 
 @pytest.mark.parametrize(
@@ -48,7 +37,7 @@ def trained(data: Any, epochs: int = 10, **changes: Any) -> Any:
     ids=str,
 )
 def test_the_next_of_the_ring_is_learned(changes: dict[str, Any]) -> None:
-    model = trained(ring(200), **changes)
+    model = fitted(small(**changes), ring(200), 10)
     asked = Histories.of([[(i + s) % 23 for i in range(5)] for s in range(23)])
     found = model.score(asked).argmax(1)
     right = sum(int(found[s]) == (s + 5) % 23 for s in range(23))

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_data import ring
 
 from recray.bundles.stage import example_inputs, read_stage, write_stage
 from recray.compression.graph import OnnxNetwork, parity
@@ -21,6 +20,7 @@ from recray.errors import ConfigError
 from recray.models import build_model
 from recray.models.base import Catalogue
 from recray.recipes import recipe
+from tests.models_data import fitted, ring
 
 torch.set_num_threads(1)
 
@@ -40,22 +40,12 @@ def small(kind: str, **changes: Any) -> Any:
     return build_model(name, Catalogue(23, {}), {**SMALL, **options, **changes}).eval()
 
 
-def trained(model: Any, data: Any, epochs: int) -> Any:
-    optimizer = torch.optim.Adam(model.train().parameters(), 0.01)
-    for epoch in range(epochs):
-        for batch in model.batches(data, batch_size=32, epoch=epoch, seed=0, rank=0, world=1):
-            optimizer.zero_grad()
-            model.loss(batch).backward()
-            optimizer.step()
-    return model.eval()
-
-
 @cache
 def on_a_ring(kind: str, loss: str) -> Any:
     options = {"loss": loss, "dropout": 0.0}
     if loss == "sampled":
         options |= {"negatives": 64, "sampling": "in-batch", "uniform_share": 0.3}
-    return trained(small(kind, **options), ring(150), 12)
+    return fitted(small(kind, **options), ring(150), 12)
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sampled"])

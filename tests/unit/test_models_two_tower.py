@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from recray.data.item_features import features_of, item_features
 from recray.data.sequences import PAD, Histories
 from recray.models import build_model
 from recray.models.base import Catalogue
+from tests.models_data import fitted
 
 torch.set_num_threads(1)
 
@@ -57,23 +59,16 @@ def model_of(data: Any, **changes: Any) -> Any:
     return model
 
 
-def trained(model: Any, data: Any, epochs: int = 6) -> Any:
-    optimizer = torch.optim.Adam(model.train().parameters(), 0.01)
-    for epoch in range(epochs):
-        for batch in model.batches(data, batch_size=48, epoch=epoch, seed=0, rank=0, world=1):
-            optimizer.zero_grad()
-            model.loss(batch).backward()
-            optimizer.step()
-    return model.eval()
+trained = partial(fitted, batch_size=48)
 
 
 def test_an_item_nobody_took_is_found_by_its_features() -> None:
     data = Data()
-    model = trained(model_of(data), data)
+    model = trained(model_of(data), data, 6)
     scores = model.score(Histories.of([[kind, kind + 6, kind + 12] for kind in range(6)]))
     best = scores[:, list(COLD)].topk(2, dim=1).indices + COLD[0]
     assert (best % 6 == torch.arange(6).unsqueeze(1)).float().mean() > 0.9
-    blind = trained(model_of(Data(item_features=None)), Data(item_features=None))
+    blind = trained(model_of(Data(item_features=None)), Data(item_features=None), 6)
     guessed = blind.score(Histories.of([[kind, kind + 6] for kind in range(6)]))[:, list(COLD)].argmax(1)
     assert (guessed % 6 == torch.arange(6)).float().mean() < 0.6
 
@@ -137,6 +132,25 @@ def test_others_are_all_of_the_window_but_the_target(pooling: str) -> None:
             assert len(rest) == 5
             wanted = model.encode(Histories.of([rest]))[0, 0]
             torch.testing.assert_close(states[b, t], wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_what_a_user_has_is_no_negative_where_there_is_no_order() -> None:
+    """The gradient of a negative by hand: none comes from the users whose windows hold it."""
+    data = Data(item_features=None)
+    model = model_of(data, history="others")
+    batch = next(model.batches(data, batch_size=4, epoch=0, seed=0, rank=0, world=1))
+    windows = [{int(i) for i in (row[0], *of) if i != PAD} for row, of in zip(batch.inputs, batch.targets)]
+    wanted = [[int(i) in windows[b] for i in batch.negatives] for b, t in np.argwhere(batch.targets >= 0)]
+    found = model.owned(batch)
+    assert any(map(any, wanted))
+    assert found is not None
+    assert found.tolist() == wanted
+    assert model_of(data).owned(batch) is None
+    held = replace(batch, negatives=np.array(sorted(windows[0])), log_q=np.zeros(len(windows[0])))
+    first = replace(
+        held, **{n: getattr(held, n)[:1] for n in ("inputs", "targets", "lengths", "at")}, positions=1.0
+    )
+    assert model.loss(first).item() == 0, "one window, told apart from nothing but itself"
 
 
 def test_the_mean_is_the_mean() -> None:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models_data import SmallData, ring
 from numpy.typing import NDArray
 
 from recray.data.sequences import Histories
@@ -15,6 +14,7 @@ from recray.errors import ConfigError
 from recray.models import build_model
 from recray.models.base import Catalogue
 from recray.models.ratings import item_biases, ratings_of, user_biases
+from tests.models_data import SmallData, ring
 
 torch.set_num_threads(1)
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models_data import ring
 
 from recray.compression.prune import Measure, dense_parameters, importance, pruned
 from recray.compression.units import groups, sizes
@@ -16,6 +15,7 @@ from recray.data.sequences import Histories
 from recray.errors import ConfigError
 from recray.models import build_model
 from recray.models.base import Catalogue, Model, Ranker
+from tests.models_data import ring
 
 torch.set_num_threads(1)
 

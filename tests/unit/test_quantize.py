@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_data import ring
 from torch import Tensor, nn
 
 from recray.bundles.build import sample_inputs
@@ -22,6 +21,7 @@ from recray.compression.quantize import activation_scale, quantize_static, quant
 from recray.errors import ConfigError
 from recray.models import build_model
 from recray.models.base import Catalogue
+from tests.models_data import ring
 
 torch.set_num_threads(1)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from recray.compression.codec import encode_table
+from recray.data.sequences import Histories
 from recray.retrieval import exact
 from recray.retrieval.exact import MOST_LANES
 from recray.retrieval.index import build_index, ordered
@@ -73,6 +74,22 @@ def test_threads_of_a_search_and_searches_in_threads_agree() -> None:
         for found in pool.map(lambda _: index.search(queries, 20), range(6)):
             assert np.array_equal(found[1], one[1])
             assert np.array_equal(found[0], one[0])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_large_batch_is_searched_in_parts_and_each_part_has_its_own_barred_rows(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = torch.Generator().manual_seed(4)
+    vectors, queries = torch.randn(900, 16, generator=draw), torch.randn(11, 16, generator=draw)
+    barred = Histories.of([list(range(b, 900, 11)) for b in range(11)])
+    index = build_index("exact", vectors, {"threads": threads})
+    whole = index.search_without(queries, 20, barred)
+    monkeypatch.setattr(exact, "CELLS", 3 * 900)
+    scores, rows = index.search_without(queries, 20, barred)
+    assert np.array_equal(rows, whole[1])
+    assert np.array_equal(scores, whole[0])
+    assert not any(set(rows[b].tolist()) & set(barred[b].tolist()) for b in range(11))
 
 
 def test_the_table_is_not_held_twice_where_it_is_plain() -> None:

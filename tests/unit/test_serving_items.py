@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from benchmarks._reliability_door import Board
 from recray.bundles.bundle import Bundle, open_bundle
 from recray.bundles.changes import Added, Changes, with_changes
 from recray.cli.main import main
@@ -32,28 +33,6 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> list[Bundle]:
     """Two of one catalogue that answer differently."""
     folder = tmp_path_factory.mktemp("items")
     return [small_bundle(folder / str(n), blend=blend) for n, blend in enumerate((0.5, 0.0))]
-
-
-class Board:
-    """A pointer and a shelf in memory."""
-
-    def __init__(self, first: State) -> None:
-        self.kept, self.shelf = [first], {}  # type: ignore[var-annotated]
-
-    def read(self) -> State:
-        return self.kept[-1]
-
-    def write(self, state: State) -> bool:
-        if state.version != self.kept[-1].version + 1:
-            return False
-        self.kept.append(state)
-        return True
-
-    def put(self, name: str, data: bytes) -> None:
-        self.shelf[name] = data
-
-    def get(self, name: str) -> bytes | None:
-        return self.shelf.get(name)
 
 
 class World:

@@ -288,6 +288,32 @@ def test_beyond_that_requests_are_sent_away_unread(bundle: Bundle) -> None:
     scene(lambda: World(bundle), play)
 
 
+def test_similar_items_have_a_deadline_and_the_same_door(bundle: Bundle) -> None:
+    """Nothing stands in for them: what is not there in time is to be asked for again."""
+
+    async def play(world: World) -> None:
+        path = f"/v1/items/{bundle.items.id_of(0)}/similar"
+        whole = await world.client.get(path, params={"k": 3})
+        assert [one["item"] for one in whole.json()["items"]] == [
+            one.item for one in bundle.similar(bundle.items.id_of(0), 3).items
+        ]
+        world.open["retrieve"].clear()
+        answer = await world.client.get(path, headers={"x-deadline-ms": "100"})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "overloaded")
+        assert int(answer.headers["retry-after"]) >= 1
+        world.open["retrieve"].set()
+        world.door.late_s = PATIENCE_S
+        assert (await world.client.get(path)).status_code == 503
+        world.door.late_s = 0.12 * PATIENCE_S  # who comes in is kept from the models
+        assert (await world.client.get(path)).status_code == 503
+        world.door.late_s = 0.0
+        assert (await world.client.get(path, headers={"x-deadline-ms": "soon"})).status_code == 422
+        assert (await world.client.get(path, params={"k": 3})).json()["items"] == whole.json()["items"]
+        assert world.door.inside == 0
+
+    scene(lambda: World(bundle), play)
+
+
 @pytest.mark.parametrize(
     ("body", "header", "status", "where"),
     [

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from benchmarks._reliability_door import Board
 from recray.bundles.bundle import Bundle, open_bundle
 from recray.errors import ArtefactError
 from recray.manifest import open_artefact
@@ -25,21 +26,6 @@ from recray.serving.shipping import Shipper
 from tests.serving_bundles import small_bundle
 
 USERS = [f"u{n}" for n in range(0, 80, 5)]
-
-
-class Board:
-    """A pointer in memory."""
-
-    def __init__(self, first: State) -> None:
-        self.kept = [first]
-
-    def read(self) -> State:
-        return self.kept[-1]
-
-    def write(self, state: State) -> bool:
-        fresh = state.version == self.kept[-1].version + 1
-        self.kept += [state] * fresh
-        return fresh
 
 
 def load(one: Generation, now: Bundle | None) -> Bundle:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -62,6 +65,25 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     if request.param == "scored":
         return small_bundle(folder, retriever="item-knn")
     return small_bundle(folder, encoder_graph="onnx-int8", ranker_graph="onnx-int8", retriever_codec="int8")
+
+
+def test_a_generation_that_is_let_go_is_gone_without_a_collection_of_garbage(
+    graph: Made, tmp_path: Path
+) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        bundle = small_bundle(tmp_path)
+        ingress = graph(bundle, Batch())
+        asyncio.run(ingress.recommend(RecommendRequest(user="u1")))
+        left = [weakref.ref(bundle), weakref.ref(ingress.layout)]
+        del bundle, ingress
+        patience = time.monotonic() + 20  # the thread that answered lets go a little later
+        while any(one() is not None for one in left) and time.monotonic() < patience:
+            time.sleep(0.01)
+        assert [one() for one in left] == [None, None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("clients", [1, 16])

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recray.errors import InputError
-from recray.storage import MANIFEST, Place, check_writable, place, staged, write_file
+from recray.storage import MANIFEST, Place, check_writable, place, scratch, staged, write_file
 
 
 def _tree(folder: Path) -> set[str]:
@@ -202,3 +204,38 @@ def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not
             assert other.exists()
             (second / MANIFEST).write_text("{}")
         (first / MANIFEST).write_text("{}")
+
+
+def test_the_next_scratch_folder_sweeps_those_of_killed_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = """
+import sys, time
+from recray.storage import scratch
+with scratch() as folder:
+    (folder / "large").write_bytes(b"x")
+    print(folder, flush=True)
+    time.sleep(600)
+"""
+    others = [
+        subprocess.Popen(
+            [sys.executable, "-c", program],
+            env={**os.environ, "TMPDIR": str(tmp_path)},
+            stdout=subprocess.PIPE,
+        )
+        for _ in range(2)
+    ]
+    try:
+        dead, alive = (Path(str(one.stdout and one.stdout.readline().decode().strip())) for one in others)
+        others[0].kill()
+        others[0].wait()
+        for folder in (dead, alive):
+            os.utime(folder, (0, 0))
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+        with scratch() as mine:
+            assert sorted(tmp_path.iterdir()) == sorted([alive, mine])
+            assert (alive / "large").exists()
+    finally:
+        for one in others:
+            one.kill()
+            one.communicate()

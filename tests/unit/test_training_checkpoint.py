@@ -1,15 +1,12 @@
-"""States on disk: bit-equal at any number of ranks, whole or not there, and refused where they do not fit."""
+"""States as they are written: bit-equal at any number of ranks, and whole or not there, whoever is killed."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -21,122 +18,28 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-from torch import Tensor, nn
 
 from recray.errors import ArtefactError, RecrayError
-from recray.manifest import digest
-from recray.training import row_files
 from recray.training.checkpoint import (
-    EpochReport,
     Gather,
     Position,
-    State,
-    TableRows,
-    assemble_model,
     best_state,
     last_state,
     open_state,
-    read_optimizer,
-    write_optimizer,
 )
-from recray.training.layout import Layout
+from tests.training_states import (
+    IDENTITY,
+    SLOTS,
+    names,
+    on_ranks,
+    position,
+    quickly,
+    read,
+    state,
+    table,
+)
 
-Table = dict[str, Tensor]  # all positions: "weight" and slots
-IDENTITY = {"recipe": "a" * 64, "code version": "0.2", "dataset": "b" * 64}
-SLOTS = ((), ("sum",), ("m", "v", "steps"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """On tensors this small a second thread is only waited for; so is the disk."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("os.fsync", lambda _: None)
-        yield
-    torch.set_num_threads(threads)
-
-
-class Meeting:
-    """Ranks that are threads of this process."""
-
-    def __init__(self, world: int) -> None:
-        self.said, self.barrier = [b""] * world, threading.Barrier(world, timeout=30)
-
-    def gather(self, rank: int, message: bytes) -> list[bytes]:
-        self.said[rank] = message
-        self.barrier.wait()
-        told = list(self.said)
-        self.barrier.wait()
-        assert len({len(each) for each in told}) == 1
-        return told
-
-
-def on_ranks(world: int, work: Callable[[int, Gather], Any]) -> list[Any]:
-    """What `work(rank, gather)` gives on each rank, or the exception it ends with."""
-    meeting = Meeting(world)
-
-    def run(rank: int) -> Any:
-        try:
-            return work(rank, lambda message: meeting.gather(rank, message))
-        except Exception as error:
-            return error
-
-    with ThreadPoolExecutor(world) as pool:
-        return list(pool.map(run, range(world)))
-
-
-def table(
-    num_rows: int, dim: int, dtype: torch.dtype = torch.float32, slots: tuple[str, ...] = ("sum",)
-) -> Table:
-    made = {"weight": torch.randn(num_rows, dim).to(dtype)}
-    return made | {slot: torch.randn(num_rows, *([dim] if slot == "m" else [])) for slot in slots}
-
-
-def state(
-    tables: Mapping[str, Table], position: Position, world: int = 1, rank: int = 0, **more: Any
-) -> State:
-    """One rank's state; the dense part says the epoch."""
-    rows = {}
-    for name, tensors in tables.items():
-        num_rows, dim = tensors["weight"].shape
-        start, stop = Layout(num_rows, world).bounds(rank)
-        mine = {key: value[start:stop].clone() for key, value in tensors.items()}
-        rows[name] = TableRows(num_rows, dim, start, stop, mine)
-    dense = {"layer.weight": torch.full((2, 3), float(position.epoch)), "seen": torch.tensor(position.step)}
-    return State(position, dense, {"0.step": torch.tensor(1.5)}, rows, IDENTITY, rank, **more)
-
-
-def position(*values: float | None) -> Position:
-    """After one epoch of three steps for each of `values`, the validation metric."""
-    at = Position(seed=3)
-    for number, value in enumerate(values, start=1):
-        best = value is not None and (at.best_value is None or value > at.best_value)
-        report = EpochReport(
-            epoch=number,
-            loss=1 / 3,
-            metric="ndcg@10",
-            value=value,
-            best=best,
-            seconds=1,
-            batches=6,
-            step=3 * number,
-        )
-        at = at.after(report)
-    return at
-
-
-def read(folder: Path, name: str, world: int, rank: int, like: Table) -> Table:
-    """A rank's share of a table."""
-    start, stop = Layout(len(like["weight"]), world).bounds(rank)
-    into = {key: torch.full_like(value[start:stop], -1) for key, value in like.items()}
-    open_state(folder, IDENTITY).rows(name, start, stop, into)
-    return into
-
-
-def names(run: Path) -> list[str]:
-    return sorted(path.name for path in run.iterdir())
+one_thread = pytest.fixture(autouse=True, scope="module")(quickly)
 
 
 def test_a_position_moves_from_epoch_to_epoch() -> None:
@@ -343,79 +246,6 @@ def test_a_writer_killed_at_any_line_leaves_the_last_good_state(tmp_path: Path) 
     )
 
 
-def test_another_recipe_code_or_dataset_is_named(tmp_path: Path) -> None:
-    at = state({"item": table(5, 2)}, position(0.1)).save(tmp_path)
-    assert open_state(at).position == open_state(at, IDENTITY).position == position(0.1)
-    with pytest.raises(ArtefactError, match=r"state-00001-00000003: was written by another dataset\. delete"):
-        open_state(at, {**IDENTITY, "dataset": "c" * 64})
-    with pytest.raises(ArtefactError, match="by another code version and another recipe"):
-        open_state(at, {"dataset": IDENTITY["dataset"], "recipe": "other"})
-
-
-def test_a_state_that_is_not_whole_is_refused(tmp_path: Path) -> None:
-    tables = {"item": table(6, 2)}
-    at = on_ranks(
-        2, lambda rank, gather: state(tables, position(0.1), 2, rank, gather=gather).save(tmp_path)
-    )[0]
-    shard = at / row_files.file_name("item", 3, 6)
-    kept = shard.read_bytes()
-    shard.unlink()
-    with pytest.raises(ArtefactError, match=r"table-item-3-6.safetensors: is missing"):
-        open_state(at)
-    shard.write_bytes(kept[:-1])
-    read(at, "item", 2, 0, tables["item"])  # the other half is sound
-    with pytest.raises(ArtefactError, match=r"table-item-3-6.*cut short"):
-        read(at, "item", 2, 1, tables["item"])
-    shard.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
-    for read_it in (
-        lambda: read(at, "item", 1, 0, tables["item"]),
-        lambda: assemble_model(at, tmp_path / "model"),
-    ):
-        with pytest.raises(ArtefactError, match=r"table-item-3-6.*altered"):
-            read_it()
-    shard.write_bytes(kept)
-    for name, load in (
-        ("dense", lambda: open_state(at).dense()),
-        ("optimizer", lambda: open_state(at).optimizer()),
-    ):
-        path = at / f"{name}.safetensors"
-        data = path.read_bytes()
-        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-        with pytest.raises(ArtefactError, match=f"{name}.*altered"):
-            load()
-    with pytest.raises(ArtefactError, match="no table 'user'"):
-        open_state(at).rows("user", 0, 1, {})
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"position": 3}, "cannot be read"), ({"format": 9}, "format 9, this version reads 1"),
-        ({"tables": {"item": {"rows": 7, "dim": 2, "slots": []}}}, "do not fit together at position 6 of 7"),
-        ({"files": {"../x": "0"}}, "cannot be read"), ({"files": {}}, "list of files"),
-        ({"identity": None}, "cannot be read"),
-    ],
-)  # fmt: skip
-def test_a_state_json_that_lies_is_refused(tmp_path: Path, change: dict[str, Any], words: str) -> None:
-    at = state({"item": table(6, 2)}, position(0.1)).save(tmp_path)
-    path = at / "state.json"
-    raw = json.loads(path.read_text()) | change
-    path.write_text(json.dumps(raw))
-    with pytest.raises(ArtefactError, match="altered" if "format" not in change else words):
-        open_state(at)
-    del raw["checksum"]
-    path.write_text(json.dumps(raw | {"checksum": digest(raw)}))
-    with pytest.raises(ArtefactError, match=words):
-        open_state(at, IDENTITY)
-    for text in ("", "[]", "{}", '{"format": 1}'):
-        path.write_text(text)
-        with pytest.raises(ArtefactError, match="cannot be read"):
-            open_state(at)
-    path.unlink()
-    with pytest.raises(ArtefactError, match="cannot be read"):
-        open_state(at)
-
-
 def test_ranges_that_do_not_fit_together_are_not_written(tmp_path: Path) -> None:
     whole = state({"item": table(6, 2)}, position(0.1))
     short = replace(whole.tables["item"], num_rows=7)
@@ -424,43 +254,3 @@ def test_ranges_that_do_not_fit_together_are_not_written(tmp_path: Path) -> None
     assert names(tmp_path) == []
     with pytest.raises(ValueError, match="positions 0 to 5"):
         replace(whole.tables["item"], stop=5)
-
-
-def test_a_model_is_made_of_a_state(tmp_path: Path) -> None:
-    tables = {"item": table(11, 3, torch.bfloat16), "user": table(4, 2)}
-    at = on_ranks(
-        3, lambda rank, gather: state(tables, position(0.1), 3, rank, gather=gather).save(tmp_path)
-    )[0]
-    assemble_model(at, tmp_path / "model.safetensors")
-    found = load_file(tmp_path / "model.safetensors")
-    assert sorted(found) == ["layer.weight", "seen", "tables.item.weight", "tables.user.weight"]
-    assert found["seen"] == 3
-    for name, tensors in tables.items():
-        rows = torch.arange(len(tensors["weight"]))
-        want = tensors["weight"].float()[Layout(len(rows)).positions(rows)]
-        assert torch.equal(found[f"tables.{name}.weight"], want)
-
-
-def test_an_optimizer_goes_on_where_it_was(tmp_path: Path) -> None:
-    def made() -> tuple[nn.Linear, torch.optim.AdamW]:
-        torch.manual_seed(0)
-        layer = nn.Linear(3, 2)
-        return layer, torch.optim.AdamW(layer.parameters(), lr=0.1)
-
-    def step(layer: nn.Linear, optimizer: torch.optim.AdamW) -> None:
-        optimizer.zero_grad()
-        layer(torch.ones(4, 3)).square().sum().backward()
-        optimizer.step()
-
-    layer, optimizer = made()
-    for _ in range(3):
-        step(layer, optimizer)
-    State(Position(), layer.state_dict(), read_optimizer(optimizer), {}).write(tmp_path)
-    step(layer, optimizer)
-    other, again = made()
-    saved = open_state(tmp_path)
-    other.load_state_dict(saved.dense())
-    write_optimizer(again, saved.optimizer())
-    step(other, again)
-    assert torch.equal(layer.weight, other.weight)
-    assert torch.equal(layer.bias, other.bias)

@@ -72,6 +72,16 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
         assert torch.equal(weights(resumed)[name], value)
 
 
+def test_the_last_step_of_an_epoch_leaves_one_state() -> None:
+    told: list[tuple[bool, int, int]] = []
+
+    def keep(report: EpochReport | None, state: State) -> None:
+        told.append((report is not None, state.position.epoch, state.position.batch))
+
+    fit(new(), FakeData(), replace(TRAIN, epochs=2, save_steps=2), report=keep)  # type: ignore[arg-type]
+    assert told == [(False, 0, 2), (True, 1, 0), (False, 1, 2), (True, 2, 0)], "four steps an epoch"
+
+
 def test_the_best_state_is_kept_beside_the_last_also_after_a_resume(tmp_path: Path) -> None:
     patient = replace(TRAIN, epochs=60, patience=3, lr=0.3)
     _, _, result = run(patient, tmp_path / "state")

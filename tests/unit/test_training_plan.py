@@ -11,7 +11,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -20,7 +19,6 @@ import recray
 from recray import memory
 from recray.cli.main import main
 from recray.data.dataset import Dataset
-from recray.data.prepare import prepare
 from recray.errors import ConfigError, InputError
 from recray.memory import free_memory
 from recray.models.base import Catalogue
@@ -39,7 +37,8 @@ from recray.training.plan import (
     make_plan,
     size,
 )
-from recray.training.work import dataset_work, distinct_share, recipe_work, table_work
+from recray.training.work import recipe_work, table_work
+from tests.models_data import ring_dataset
 
 BIG = Machine(memory=1 << 60)
 
@@ -241,56 +240,9 @@ def test_where_nothing_helps_that_is_said() -> None:
         check_fits(make_plan(dataclasses.replace(one(), dense=10**9), 1, Machine(memory=GIB)))
 
 
-@given(st.integers(1, 10**9), st.floats(0.1, 1e6))
-def test_the_share_of_distinct_ids_is_a_share(rows: int, lookups: float) -> None:
-    share = distinct_share(rows, lookups)
-    assert 0 < share <= 1
-    assert share * lookups <= rows * (1 + 1e-9) or lookups <= 1
-
-
-def test_the_share_of_distinct_ids_is_what_draws_show() -> None:
-    rng = np.random.default_rng(0)
-    counts = np.floor(1e6 / np.arange(1, 20_001)).astype(np.int64)
-    for known, p in ((20_000, None), (counts, counts / counts.sum())):
-        drawn = [len(np.unique(rng.choice(20_000, 5000, p=p))) for _ in range(20)]
-        assert distinct_share(known, 5000) * 5000 == pytest.approx(np.mean(drawn), rel=0.01)
-
-
 @pytest.fixture(scope="module")
 def ring(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    folder: Path = tmp_path_factory.mktemp("planned")
-    rows = [f"u{u},i{(u * 7 + t) % 20},{t},{t % 3}" for u in range(60) for t in range(4 + u % 5)]
-    (folder / "log.csv").write_text("\n".join(["user,item,time,day", *rows]))
-    return prepare([str(folder / "log.csv")], context=["day"], out=str(folder / "dataset"))
-
-
-def test_a_recipe_says_what_its_step_asks(ring: Dataset) -> None:
-    upper = recipe_work(recipe("sasrec"), Catalogue(10**6, {}))
-    (table,) = upper.tables
-    assert (table.name, table.rows, table.dim, table.optimizer) == ("item", 10**6, 64, "adam")
-    assert recipe_work(recipe("sasrec", ["train.table_l2=0.1"]), Catalogue(9, {})).tables[0].penalized
-    assert table.lookups == table.scored == 64 * 50
-    assert upper.largest == 1
-    known = dataset_work(recipe("sasrec"), ring)
-    targets = sum(1 + u % 5 for u in range(60)) / 60  # leave-one-out took two of every history
-    assert known.tables[0].lookups == pytest.approx(64 * targets)
-    assert known.tables[0].distinct * known.tables[0].lookups <= 20
-    assert known.largest == pytest.approx(50 / targets)
-    words = ["options.loss=sampled", "train.table_dtype=bf16", "train.wire=bf16", "train.accumulate=2"]
-    sampled = recipe_work(recipe("sasrec", words), Catalogue(10**6, {}), ranks=2)
-    assert sampled.tables[0].lookups == 2 * 64 * 50 + 2 * 256
-    assert (sampled.tables[0].scored, sampled.tables[0].dtype) == (0, "bf16")
-    assert (sampled.wire, sampled.accumulate) == ("bf16", 2)
-
-
-def test_every_table_of_a_ranker_is_in_the_plan(ring: Dataset) -> None:
-    work = dataset_work(recipe("neumf"), ring)
-    names = {table.name for table in work.tables}
-    assert names == {"history_gmf", "item_gmf", "history_mlp", "item_mlp", "context_0"}
-    by_name = {table.name: table for table in work.tables}
-    assert by_name["context_0"].rows == 4
-    assert by_name["item_gmf"].lookups == by_name["history_gmf"].lookups + 256
-    assert work.dense > 1000
+    return ring_dataset(tmp_path_factory.mktemp("planned"), days=True)
 
 
 def test_planning_for_a_table_of_any_size_allocates_nothing() -> None:
@@ -299,11 +251,6 @@ def test_planning_for_a_table_of_any_size_allocates_nothing() -> None:
     assert time.perf_counter() - started < 5
     with pytest.raises(InputError, match="table 'item' of 3,000,000,000 x 64"):
         check_fits(make_plan(work, 1, Machine(memory=free_memory())))
-
-
-def test_what_has_no_steps_has_no_plan() -> None:
-    with pytest.raises(ConfigError, match="ials is fitted in closed form"):
-        recipe_work(recipe("ials"), Catalogue(10, {}))
 
 
 def test_the_report_keeps_both_times() -> None:

@@ -9,22 +9,19 @@ import torch
 
 from recray.bundles.stage import read_stage, write_stage
 from recray.data.dataset import Dataset
-from recray.data.prepare import prepare
 from recray.errors import ConfigError
 from recray.models.saved import load_model
 from recray.recipes import recipe
 from recray.training import beginning
 from recray.training.run import train
+from tests.models_data import ring_dataset
 
 WORDS = ["train.threads=1", "train.batch_size=32", "train.epochs=2", "options.dim=16", "options.max_len=8"]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    folder = tmp_path_factory.mktemp("log")
-    rows = [f"u{u},i{(u * 7 + t) % 20},{t}" for u in range(60) for t in range(4 + u % 5)]
-    (folder / "log.csv").write_text("\n".join(["user,item,time", *rows]))
-    return prepare([str(folder / "log.csv")], out=str(folder / "dataset"))
+    return ring_dataset(tmp_path_factory.mktemp("log"))
 
 
 def test_weights_that_went_stay_away_and_cost_a_bundle_nothing(data: Dataset, tmp_path: Path) -> None:

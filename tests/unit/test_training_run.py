@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from recray.data.dataset import Dataset
-from recray.data.prepare import prepare
 from recray.errors import ConfigError, InputError
 from recray.manifest import open_artefact
 from recray.models.saved import load_model
@@ -25,6 +24,7 @@ from recray.storage import place
 from recray.training import run as run_module
 from recray.training.checkpoint import EpochReport, State, last_state, open_state
 from recray.training.run import check, run_places, train
+from tests.models_data import ring_dataset
 
 WORDS = [
     "train.threads=1",
@@ -42,11 +42,7 @@ def small(*changes: str) -> Recipe:
 
 @pytest.fixture(scope="module")
 def ring(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    folder = tmp_path_factory.mktemp("ring")
-    rows = [f"u{u},i{(u * 7 + t) % 20},{t}" for u in range(60) for t in range(4 + u % 5)]
-    log: Path = folder / "log.csv"
-    log.write_text("\n".join(["user,item,time", *rows]))
-    return prepare([str(log)], out=str(folder / "dataset"))
+    return ring_dataset(tmp_path_factory.mktemp("ring"))
 
 
 def test_a_checkpoint_says_all_of_itself(ring: Dataset, tmp_path: Path) -> None:

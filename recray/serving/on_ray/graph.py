@@ -75,6 +75,7 @@ class _Replica(Counted):
         self.batches = Batches.of(self.args)
         name = type(self).__name__.removesuffix("Replica")
         self.teller = Teller(name, Meter(), self.args.price, self.batches)
+        process.freeze()
 
     async def holds(self, generation: str) -> str:
         """The generation, or nothing where it is not held."""
@@ -152,6 +153,7 @@ class IngressReplica(Counted):
         self.router = Router(self.follower.resident, self.follower.nudge, self.seen.meter)
         self.teller = Teller("Ingress", self.seen.meter, known.price, self.batches)
         self.shipper = _shipper(self.router, cast(KeptPointer, self.follower.pointer), known, self.stages)
+        process.freeze()
 
     def _held(self, one: Generation, now: Ingress | None) -> Ingress:
         """One generation as this ingress answers from it. Raises InputError for what must not be held."""

@@ -40,7 +40,7 @@ class Hop:
 
 
 def split_between(
-    front: Front, batch: Batch, retriever: Any, ranker: Any | None, caching: Caching | None = None
+    front: Front, batch: Batch, retriever: Any, ranker: Any | None, caching: Caching
 ) -> Ingress:
     """A generation whose models are in other replicas."""
     name = front.generation

@@ -1,0 +1,22 @@
+"""What a server process does with its garbage."""
+
+from __future__ import annotations
+
+import gc
+
+from recray.serving import process
+
+
+def test_what_is_there_is_left_out_of_later_collections() -> None:
+    before = gc.get_threshold()
+    held = [[] for _ in range(1000)]  # type: list[list[int]]
+    try:
+        process.freeze()
+        assert gc.get_freeze_count() >= len(held)
+        assert not any(one is held for one in gc.get_objects())
+        assert gc.get_threshold() == (process.YOUNG, *before[1:])
+        new: list[object] = []
+        assert any(one is new for one in gc.get_objects())
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*before)
