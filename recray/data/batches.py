@@ -34,6 +34,8 @@ _COUNTED = 1 << 20  # items counted at a time: numpy counts int64 and would copy
 class SequenceBatch:
     """This rank's windows of one step, shifted by one: `targets[b, t]` follows `inputs[b, :t + 1]`.
 
+    Without an order nothing is shifted, and a target is told from all inputs but itself.
+
     The shortest window comes first.
     """
 
@@ -114,29 +116,43 @@ class Windows:
 
     Consecutive windows share one interaction, so every interaction but a user's first is the target
     of exactly one position. Cut from the newest backwards: only a user's oldest window may be short.
+    Without an order nothing is shared, a user's windows are of nearly one size, and every interaction is a
+    target, also the first: in a file sorted by item that would be the same few for everybody.
     """
 
     offsets: NDArray[np.int64]  # [U + 1] of the histories
     first: NDArray[np.int64]  # [U + 1] the number of each user's first (newest) window, then W
     max_len: int
+    ordered: bool = True
 
     def __len__(self) -> int:
         return int(self.first[-1])
 
     def spans(self, which: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(starts, lengths), int64 like `which`, in the flat arrays: 2 to max_len + 1 interactions each."""
+        """(starts, lengths), int64 like `which`, in the flat arrays.
+
+        2 to max_len + 1 interactions each, or without an order up to max_len.
+        """
         user = np.searchsorted(self.first, which, side="right") - 1
         nth = which - self.first[user]
+        if not self.ordered:
+            size, count = np.diff(self.offsets)[user], np.diff(self.first)[user]
+            starts, ends = (self.offsets[user] + size * n // count for n in (nth, nth + 1))
+            return starts, ends - starts
         ends = self.offsets[user + 1] - nth * self.max_len
         starts = np.maximum(ends - self.max_len - 1, self.offsets[user])
         return starts, ends - starts
 
 
-def windows(histories: Histories, max_len: int) -> Windows:
-    """Cut histories into windows of at most max_len + 1 interactions."""
-    first = np.zeros(len(histories.offsets), np.int64)
-    np.cumsum(-(-np.maximum(histories.lengths - 1, 0) // max_len), out=first[1:])
-    return Windows(histories.offsets, first, max_len)
+def windows(histories: Histories, max_len: int, *, ordered: bool = True) -> Windows:
+    """Cut histories into windows of at most max_len + 1 interactions, or without an order max_len.
+
+    Who has one interaction has none: there is nothing to tell it from.
+    """
+    sizes, first = histories.lengths, np.zeros(len(histories.offsets), np.int64)
+    read = np.maximum(sizes - 1, 0) if ordered else np.where(sizes > 1, sizes, 0)
+    np.cumsum(-(-read // max_len), out=first[1:])
+    return Windows(histories.offsets, first, max_len, ordered)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,6 +162,7 @@ class Step:
     number: int  # of the epoch, from 0
     starts: NDArray[np.int64]  # [P]
     lengths: NDArray[np.int64]  # [P]
+    first: int  # place of a window's first target: 1, or 0 without an order
 
 
 def steps(cut: Windows, batch_size: int, *, epoch: int, seed: int, skip: int = 0) -> Iterator[Step]:
@@ -159,7 +176,7 @@ def steps(cut: Windows, batch_size: int, *, epoch: int, seed: int, skip: int = 0
         some = order[number * len(order) // count : (number + 1) * len(order) // count]
         starts, lengths = cut.spans(some.astype(np.int64))
         by_length = np.argsort(lengths, kind="stable")
-        yield Step(number, starts[by_length], lengths[by_length])
+        yield Step(number, starts[by_length], lengths[by_length], int(cut.ordered))
 
 
 def sequence_batches(
@@ -174,10 +191,15 @@ def sequence_batches(
     world: int = 1,
     negatives: Negatives | None = None,
     skip: int = 0,
+    ordered: bool = True,
 ) -> Iterator[SequenceBatch]:
-    """This rank's share of one epoch over the windows of all histories, without its first `skip` steps."""
+    """This rank's share of one epoch over the windows of all histories, without its first `skip` steps.
+
+    ordered: a target follows its inputs; else inputs and targets are the same, all of a window.
+    """
     drawer = None if negatives is None else _Drawer(negatives, histories, n_items)
-    for step in steps(windows(histories, max_len), batch_size, epoch=epoch, seed=seed, skip=skip):
+    cut = windows(histories, max_len, ordered=ordered)
+    for step in steps(cut, batch_size, epoch=epoch, seed=seed, skip=skip):
         # repeated where a step has fewer windows than ranks, so that no rank has an empty share
         whole = np.resize(np.arange(len(step.starts)), max(len(step.starts), world))
         starts, sizes = step.starts[whole[rank::world]], step.lengths[whole[rank::world]]
@@ -188,15 +210,16 @@ def sequence_batches(
         if drawer is not None:
             drawn, log_q = drawer(step, generator(seed, epoch, 2, step.number))
         # an input is what has a target after it: the newest interaction of a window only is a target
-        inputs = np.where(columns[:-1] < sizes[:, None] - 1, tokens[:, :-1], PAD)
+        first, lengths = step.first, sizes - step.first
+        places = columns[: len(columns) - first]
         yield SequenceBatch(
-            inputs=inputs,
-            targets=tokens[:, 1:],
-            lengths=sizes - 1,
-            at=at[:, 1:],
+            inputs=np.where(places < lengths[:, None], tokens[:, : len(places)], PAD),
+            targets=tokens[:, first:],
+            lengths=lengths,
+            at=at[:, first:],
             negatives=drawn,
             log_q=log_q,
-            positions=float((step.lengths[whole] - 1).sum()) / world,
+            positions=float((step.lengths[whole] - first).sum()) / world,
             seed=int(generator(seed, epoch, 3, step.number, rank).integers(2**31)),
         )
 
@@ -228,11 +251,11 @@ class _Drawer:
 
     def _targets(self, step: Step, rng: np.random.Generator) -> NDArray[np.int64]:
         """Any of the step's targets, each alike; only those drawn are read."""
-        targets = step.lengths - 1
+        targets = step.lengths - step.first
         ends = np.cumsum(targets)
         nth = rng.integers(ends[-1], size=self.how.count)
         w = np.searchsorted(ends, nth, side="right")
-        return self.items[step.starts[w] + 1 + nth - (ends - targets)[w]].astype(np.int64)
+        return self.items[step.starts[w] + step.first + nth - (ends - targets)[w]].astype(np.int64)
 
 
 def frequencies(items: NDArray[np.int32], n_items: int) -> NDArray[np.int64]:

@@ -43,7 +43,13 @@ class Scorer(nn.Module):
     """The dense part of NeuMF: vectors of histories, candidates and context -> scores."""
 
     def __init__(
-        self, dim: int, context: int, hidden: tuple[int, ...], max_len: int, *, fading: bool = True
+        self,
+        dim: int,
+        context: int,
+        hidden: tuple[int, ...],
+        max_len: int,
+        *,
+        fading: bool = True,
     ) -> None:
         super().__init__()
         self.pool_gmf, self.pool_mlp = (Pool(dim, max_len, fading=fading) for _ in range(2))
@@ -97,6 +103,7 @@ class NeuMF(TrainedRanker):
 
     def __init__(self, catalogue: Catalogue, config: NeuMF.Config) -> None:
         super().__init__(catalogue, config)
+        self.ordered = config.history == "before"
         if config.dim < 1 or config.dim % GROUPS:
             raise ConfigError(f"options.dim {config.dim} is not a multiple of {GROUPS}")
         if config.context_dim < 1 or not config.hidden or min(config.hidden) < 1:
@@ -110,7 +117,7 @@ class NeuMF(TrainedRanker):
             config.context_dim * len(self.columns),
             config.hidden,
             config.max_len,
-            fading=config.history == "before",
+            fading=self.ordered,
         )
 
     def batches(
@@ -122,14 +129,14 @@ class NeuMF(TrainedRanker):
         )
 
     def lookups(self, batch: tuple[RankerBatch, NDArray[np.int64]]) -> dict[str, list[Tensor]]:
-        history = [torch.from_numpy(self._read(batch[0]))]
+        history = [torch.from_numpy(batch[0].inputs)]
         items = [torch.from_numpy(_own(batch[0])), torch.from_numpy(batch[0].negatives)]
         return {"history_gmf": history, "history_mlp": history, "item_gmf": items, "item_mlp": items}
 
     def loss(self, batch: tuple[RankerBatch, NDArray[np.int64]]) -> Tensor:
         sequence, context = batch
         device, net = self.device, self.network
-        read_BL = torch.from_numpy(self._read(sequence)).to(device)
+        read_BL = torch.from_numpy(sequence.inputs).to(device)
         own_PC = torch.from_numpy(_own(sequence)).to(device)
         shared_S = torch.from_numpy(sequence.negatives).to(device)
         real = torch.from_numpy(sequence.targets >= 0).to(device)
@@ -145,27 +152,21 @@ class NeuMF(TrainedRanker):
             own[:, 0], negatives, self._log_q(sequence), sequence.weights, sequence.positions
         )
 
-    def _read(self, batch: RankerBatch) -> NDArray[np.int64]:
-        """The inputs, or all of the window, [B, L + 1]."""
-        if self.config.history == "before":
-            return batch.inputs
-        return np.concatenate([batch.inputs[:, :1], batch.targets], axis=1)
-
     def _log_q(self, batch: RankerBatch) -> NDArray[np.float32]:
         """The batch's, [P, M], infinite too for what a user told from all her others has."""
-        if self.config.history == "before":
+        if self.ordered:
             return batch.log_q
         log_q_PM, users_P = batch.log_q.copy(), np.nonzero(batch.targets >= 0)[0]
         shared_PS = log_q_PM[:, : len(batch.negatives)]
-        shared_PS[owned(self._read(batch), batch.negatives)[users_P]] = np.inf
+        shared_PS[owned(batch.inputs, batch.negatives)[users_P]] = np.inf
         return log_q_PM
 
     def _pooled(self, pool: Pool, x_BLD: Tensor, read_BL: Tensor, real_BT: Tensor) -> Tensor:
         """What each real target is told from, [P, D]."""
-        if self.config.history == "before":
+        if self.ordered:
             users_BTD = pool.prefixes(x_BLD)
         else:
-            users_BTD = pool.others(x_BLD, (read_BL >= 0).to(x_BLD.dtype))[:, 1:]
+            users_BTD = pool.others(x_BLD, (read_BL >= 0).to(x_BLD.dtype))
         return self._drop(users_BTD[real_BT])
 
     def inputs(

@@ -51,6 +51,7 @@ class TrainedRanker(Ranker):
     """A ranker trained by gradient on the windows of histories, with contexts."""
 
     gradient = True
+    ordered = True  # whether a target is told from what came before it, and not from all others
 
     @dataclass(frozen=True, kw_only=True)
     class Config(ModelConfig):
@@ -96,6 +97,7 @@ class TrainedRanker(Ranker):
             world=world,
             negatives=Negatives(c.negatives, "popularity", c.power, c.uniform_share),
             skip=skip,
+            ordered=self.ordered,
         ):
             at_P = batch.at[batch.at >= 0]
             hard_PH, log_q_PM = self._told_apart(batch, at_P, seed, epoch)

@@ -62,6 +62,7 @@ class Sequential(Retriever):
     """Base of the models that encode a history by `network`; a subclass sets it after this `__init__`."""
 
     gradient = True
+    ordered = True  # whether a target is told from what came before it, and not from all others
     reads_targets: ClassVar[bool] = False  # whether the full softmax reads the targets' vectors too
 
     @dataclass(frozen=True, kw_only=True)
@@ -103,10 +104,11 @@ class Sequential(Retriever):
             world=world,
             negatives=drawn if c.loss == "sampled" else None,
             skip=skip,
+            ordered=self.ordered,
         )
 
     def lookups(self, batch: SequenceBatch) -> dict[str, list[Tensor]]:
-        rows = [torch.from_numpy(_real(self.read(batch)))]
+        rows = [torch.from_numpy(_real(batch.inputs))]
         if self.reads_targets or self.config.loss == "sampled":
             rows.append(torch.from_numpy(batch.targets[batch.targets >= 0]))
         if self.config.loss == "sampled":
@@ -141,10 +143,10 @@ class Sequential(Retriever):
     # -- what a model may do in its own way ------------------------------------------------------
     def states(self, batch: SequenceBatch) -> Tensor:
         """The state at every target of a batch, [P, ...]: a part at a time, as little of it is padding."""
-        x_RD = self.embedded(torch.from_numpy(_real(self.read(batch))).to(self.device))  # ranks read alike
+        x_RD = self.embedded(torch.from_numpy(_real(batch.inputs)).to(self.device))  # ranks read alike
         made, start = [], 0
         for part in batch.parts():
-            rows_BL = self.read(part)
+            rows_BL = part.inputs
             places_R = torch.from_numpy(np.flatnonzero(rows_BL >= 0)).to(self.device)
             stop = start + len(places_R)
             x_BLD = x_RD.new_zeros(rows_BL.size, x_RD.shape[1]).index_copy(0, places_R, x_RD[start:stop])
@@ -152,10 +154,6 @@ class Sequential(Retriever):
             made.append(states_BL[torch.from_numpy(part.targets >= 0)])
             start = stop
         return torch.cat(made)
-
-    def read(self, batch: SequenceBatch) -> NDArray[np.int64]:
-        """The rows that the states are made of, [B, L]."""
-        return batch.inputs
 
     def owned(self, batch: SequenceBatch) -> Tensor | None:
         """Which negatives are none to a position since its user has them, bool[P, S]."""
@@ -167,7 +165,7 @@ class Sequential(Retriever):
         return found
 
     def part_states(self, batch: SequenceBatch, x_BLD: Tensor) -> Tensor:
-        """The state at every place of a batch, [B, L, ...], by what `embedded` gave for `read`."""
+        """The state at every place of a batch, [B, L, ...], by what `embedded` gave for its inputs."""
         return self.network.states(x_BLD, torch.from_numpy(batch.lengths).to(self.device))
 
     def vectors(self, rows: Tensor) -> Tensor:

@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from recray.data.batches import Sampling, SequenceBatch, owned
@@ -129,6 +128,7 @@ class TwoTower(Sequential):
         if config.units < 1 or not config.temperature > 0:
             raise ConfigError("units must be at least 1 and temperature above 0", where="options")
         super().__init__(catalogue, config)
+        self.ordered = config.history == "before"
         n, names = catalogue.n_items, sorted(catalogue.item_values)
         self.starts: dict[str, int] = {}  # vocabulary -> the first of its rows
         rows = 0
@@ -183,25 +183,18 @@ class TwoTower(Sequential):
         return torch.cat([self._tower(ids + self._content(rows)) for ids, rows in parts])
 
     # -- training --------------------------------------------------------------------------------
-    def read(self, batch: SequenceBatch) -> NDArray[np.int64]:
-        """The inputs, or all of the window, [B, L + 1]."""
-        if self.config.history == "before":
-            return batch.inputs
-        return np.concatenate([batch.inputs[:, :1], batch.targets], axis=1)
-
     def part_states(self, batch: SequenceBatch, x_BLD: Tensor) -> Tensor:
-        if self.config.history == "before":
+        if self.ordered:
             return super().part_states(batch, x_BLD)
-        rows_BL = torch.from_numpy(self.read(batch)).to(self.device)
-        targets_BT = torch.from_numpy(batch.targets).to(self.device)
-        others_BTL = (rows_BL >= 0).unsqueeze(1) & (rows_BL.unsqueeze(1) != targets_BT.unsqueeze(2))
+        rows_BL = torch.from_numpy(batch.inputs).to(self.device)  # which are the targets, too
+        others_BTL = (rows_BL >= 0).unsqueeze(1) & (rows_BL.unsqueeze(1) != rows_BL.unsqueeze(2))
         return self.network.users(x_BLD, others_BTL)
 
     def owned(self, batch: SequenceBatch) -> Tensor | None:
-        if self.config.history == "before":
+        if self.ordered:
             return None
         users_P = np.nonzero(batch.targets >= 0)[0]
-        return torch.from_numpy(owned(self.read(batch), batch.negatives)[users_P]).to(self.device)
+        return torch.from_numpy(owned(batch.inputs, batch.negatives)[users_P]).to(self.device)
 
     def full_softmax(self, states: Tensor, targets_P: Tensor) -> Tensor:
         return full_softmax(states, self.item_vectors(), targets_P)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -223,3 +224,26 @@ def test_owned_negatives_are_found(seed: int) -> None:
     rng = np.random.default_rng(seed)
     rows, drawn = rng.integers(-1, 12, (4, 6)), rng.integers(0, 15, 9)
     assert np.array_equal(owned(rows, drawn), (rows[:, :, None] == drawn).any(axis=1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=users, max_len=st.integers(2, 6))
+def test_without_an_order_every_interaction_is_a_target_once(rows: list[list[int]], max_len: int) -> None:
+    histories = Histories.of(rows)
+    cut = windows(histories, max_len, ordered=False)
+    starts, lengths = cut.spans(np.arange(len(cut)))
+    covered = Counter(int(at) for s, n in zip(starts, lengths) for at in range(s, s + n))
+    wanted = [at for a, b in pairwise(histories.offsets.tolist()) if b - a > 1 for at in range(a, b)]
+    assert covered == Counter(wanted)
+    assert not len(lengths) or lengths.max() <= max_len
+    for user in np.unique(np.searchsorted(histories.offsets, starts, side="right")):
+        mine = lengths[np.searchsorted(histories.offsets, starts, side="right") == user]
+        assert mine.max() - mine.min() <= 1
+    told: Counter[int] = Counter()
+    for batch in epoch(histories, max_len=max_len, ordered=False, negatives=Negatives(5, "in-batch")):
+        assert np.array_equal(batch.inputs, batch.targets)
+        assert np.array_equal((batch.at >= 0).sum(1), batch.lengths)
+        assert batch.positions == batch.lengths.sum()
+        assert set(batch.negatives.tolist()) <= set(batch.targets.ravel().tolist())
+        told.update(batch.at[batch.at >= 0].tolist())
+    assert told == covered

@@ -127,7 +127,8 @@ def test_others_are_all_of_the_window_but_the_target(pooling: str) -> None:
         states[torch.from_numpy(batch.targets >= 0)] = found
         for b, t in ((0, 0), (1, 3), (3, 4)):
             target = batch.targets[b, t]
-            window = [batch.inputs[b, 0], *batch.targets[b]]
+            assert np.array_equal(batch.inputs[b], batch.targets[b]), "the first of a window is a target, too"
+            window = batch.targets[b]
             rest = [int(i) for i in window if i not in (target, PAD)]
             assert len(rest) == 5
             wanted = model.encode(Histories.of([rest]))[0, 0]
@@ -139,7 +140,7 @@ def test_what_a_user_has_is_no_negative_where_there_is_no_order() -> None:
     data = Data(item_features=None)
     model = model_of(data, history="others")
     batch = next(model.batches(data, batch_size=4, epoch=0, seed=0, rank=0, world=1))
-    windows = [{int(i) for i in (row[0], *of) if i != PAD} for row, of in zip(batch.inputs, batch.targets)]
+    windows = [{int(i) for i in row if i != PAD} for row in batch.inputs]
     wanted = [[int(i) in windows[b] for i in batch.negatives] for b, t in np.argwhere(batch.targets >= 0)]
     found = model.owned(batch)
     assert any(map(any, wanted))
