@@ -74,6 +74,10 @@ def test_a_submitted_search_spreads_its_trials_over_the_nodes(
     out = tmp_path / "search"
     words = ["--recipe", "sasrec", "--space", "train.lr=1e-4..1e-1@log", "options.dim=4,8", "--trials", "6"]
     words += ["--workers", "2", "--set", "train.epochs=9", "--set", "train.patience=0"]
+    words += [
+        "--set",
+        "train.batch_size=1",
+    ]  # so long that the first node is not done before the second is up
     job = [ROOT / "cluster/jobs/tune.sh", ring.artefact.place.uri, *words, "--out", out]
     done = subprocess.run(job, env=cluster, capture_output=True, text=True, timeout=280, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
