@@ -194,7 +194,7 @@ def asking(model: Model, dataset: Dataset, users: int = ASKING) -> Askers | None
     n = dataset.n_items
     with torch.inference_mode():
         table = model.item_vectors().cpu() if n > _RARE * SHOWN and len(some) * n <= _LISTED else None
-    return Askers.of(torch.cat(parts)[:, 0].cpu(), some.offsets, some.items, dataset.n_items, table)
+    return Askers.of(torch.cat(parts)[:, 0].cpu(), some.offsets, some.items, n, table)
 
 
 def sample_inputs(model: Any, dataset: Dataset) -> list[Inputs]:

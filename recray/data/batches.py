@@ -136,7 +136,8 @@ class Windows:
         user = np.searchsorted(self.first, which, side="right") - 1
         nth = which - self.first[user]
         if not self.ordered:
-            size, count = np.diff(self.offsets)[user], np.diff(self.first)[user]
+            size = self.offsets[user + 1] - self.offsets[user]
+            count = self.first[user + 1] - self.first[user]
             starts, ends = (self.offsets[user] + size * n // count for n in (nth, nth + 1))
             return starts, ends - starts
         ends = self.offsets[user + 1] - nth * self.max_len
