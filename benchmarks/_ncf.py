@@ -1,12 +1,11 @@
 """MovieLens-1M as NCF splits it: HR@10 and NDCG@10 of the held-out item among itself and 99 negatives.
 
 On a validation split cut from train (a random item a user, 99 random negatives; iALS .842/.605 there) neumf
-told from what came `before`, which here means nothing, had .554/.328; told from all `others` .772/.519
-after 12 epochs, .778/.532 after 14 with rates that fall by a cosine; with what a user has no negative
-.764/.524 after 8, and with 128 dims and three times the rates .776/.543 after 10. Users with more than the
-300 items that were read lost most, so 1,000 are; the recipe's 20 epochs were then run on the test split
-alone, which was seen once: .6841/.4138, and no row of it is kept, for since then the first item of a window
-is learned, too.
+told from what came `before`, which here means nothing, had .554/.328, and told from all of the window but the
+target at best .776/.543 in 18 minutes (.6841/.4138 on the test split). Told from a random `half`, with all
+items in the softmax, it has .809/.554 after 12 epochs of windows of 32; GMF alone .838/.587 after 40, with an
+MLP from the start .826/.565 after 12, with one that starts at zero .828/.573 after 18. Dropout of .5, 64 or
+192 dims and weights by length changed nothing or lost. The test split was then seen once more.
 
 The settings of iALS were the best of those tried on a validation split cut from train (reg .005 to .01,
 unobserved .2 to .4; 12 and 16 sweeps differ by less than the seeds do). The test split was seen twice: 12

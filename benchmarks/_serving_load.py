@@ -137,9 +137,10 @@ async def _open(url: str, bodies: Sequence[bytes], rate: float, seconds: float, 
 
     async def one(number: int, moment: float) -> None:
         nonlocal errors
-        line = free.popleft() if free else _Line(url)
-        if line not in every:
-            every.append(line)
+        if free:
+            line = free.popleft()
+        else:
+            every.append(line := _Line(url))
         good = await line.ask(bodies[number % len(bodies)])
         took.append(time.perf_counter() - start - moment)
         errors += not good

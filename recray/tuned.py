@@ -33,15 +33,15 @@ TUNED: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> (recipe, changes)
         (
             "options.dim=128",
             "options.dropout=0.3",
-            "options.history=others",
-            "options.max_len=1000",
-            "options.negatives=64",
-            "train.batch_size=16",
+            "options.history=half",
+            "options.max_len=3000",
+            "options.negatives=4000",  # all items
+            "train.batch_size=64",
             "train.lr=0.003",
-            "train.table_lr=0.02",
             "train.schedule=cosine",
-            "train.epochs=20",
+            "train.epochs=40",
             "train.patience=0",
+            "train.valid_users=1000",
         ),
     ),
     # MovieLens-1M in order: 166 a user
@@ -53,7 +53,10 @@ TUNED: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> (recipe, changes)
         "esasrec",
         ("train.batch_size=128", "options.dropout=0.4", "options.negatives=1024", "train.epochs=40"),
     ),
-    "mind@s3rec_beauty": ("mind", ("train.batch_size=128",)),
+    "mind@s3rec_beauty": (
+        "mind",
+        ("train.batch_size=128", "options.loss=sampled", "options.negatives=1024"),
+    ),
     "dcn@s3rec_beauty": ("dcn", ("train.batch_size=64",)),
     # Gowalla as LightGCN splits it: 41 k places, 27 a user, no order
     "item-knn@lightgcn_gowalla": (
@@ -75,16 +78,17 @@ TUNED: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> (recipe, changes)
         (
             "options.dim=192",
             "options.dropout=0.45",
-            "options.history=others",
-            "options.max_len=400",
-            "options.negatives=1024",
+            "options.history=half",
+            "options.max_len=2000",
+            "options.negatives=41000",  # all items
             "options.pooling=mean",
             "options.temperature=0.07",
+            "train.batch_size=256",
             "train.lr=0.001",
-            "train.table_lr=0.005",
+            "train.table_lr=0.01",
             "train.metric=recall@20",
             "train.schedule=cosine",
-            "train.epochs=13",
+            "train.epochs=9",
             "train.patience=0",
         ),
     ),

@@ -27,6 +27,7 @@ from recray.data.sequences import PAD, Histories
 Sampling = Literal["uniform", "popularity", "in-batch"]
 
 _GROWTH = 1.5  # of the longest window of a part over its shortest
+_TOLD = 0.5  # of a window without an order: what its user is told from
 _COUNTED = 1 << 20  # items counted at a time: numpy counts int64 and would copy the whole log
 
 
@@ -34,7 +35,7 @@ _COUNTED = 1 << 20  # items counted at a time: numpy counts int64 and would copy
 class SequenceBatch:
     """This rank's windows of one step, shifted by one: `targets[b, t]` follows `inputs[b, :t + 1]`.
 
-    Without an order nothing is shifted, and a target is told from all inputs but itself.
+    Without an order `inputs` holds a random half of a window, at its places, and `targets` all of it.
 
     The shortest window comes first.
     """
@@ -67,7 +68,7 @@ class SequenceBatch:
 
 @dataclass(frozen=True, eq=False)
 class Negatives:
-    """How negatives are drawn: `count` rows a step, alike on every rank.
+    """How negatives are drawn: `count` rows a step, alike on every rank; all items once from N on.
 
     'popularity' draws by frequency ** power, 'in-batch' takes the step's own targets (of all ranks),
     which is drawing by frequency. With both, `uniform_share` of the draws are uniform, so that no item
@@ -80,13 +81,13 @@ class Negatives:
     uniform_share: float = 0.0
 
 
-def owned(rows_BL: NDArray[np.int64], negatives_S: NDArray[np.int64]) -> NDArray[np.bool_]:
+def owned(batch: SequenceBatch) -> NDArray[np.bool_]:
     """Which negatives lie in each window, bool[B, S]."""
-    distinct, places_S = np.unique(negatives_S, return_inverse=True)
-    found_BL = np.searchsorted(distinct, rows_BL)
+    distinct, places_S = np.unique(batch.negatives, return_inverse=True)
+    found_BL = np.searchsorted(distinct, batch.targets)
     found_BL[found_BL == len(distinct)] = 0
-    there = distinct[found_BL] == rows_BL
-    marks = np.zeros((len(rows_BL), len(distinct)), bool)
+    there = distinct[found_BL] == batch.targets
+    marks = np.zeros((len(batch.targets), len(distinct)), bool)
     marks[np.nonzero(there)[0], found_BL[there]] = True
     return marks[:, places_S]
 
@@ -196,7 +197,7 @@ def sequence_batches(
 ) -> Iterator[SequenceBatch]:
     """This rank's share of one epoch over the windows of all histories, without its first `skip` steps.
 
-    ordered: a target follows its inputs; else inputs and targets are the same, all of a window.
+    ordered: a target follows its inputs; else all of a window is to be told from a random half of it.
     """
     drawer = None if negatives is None else _Drawer(negatives, histories, n_items)
     cut = windows(histories, max_len, ordered=ordered)
@@ -213,8 +214,11 @@ def sequence_batches(
         # an input is what has a target after it: the newest interaction of a window only is a target
         first, lengths = step.first, sizes - step.first
         places = columns[: len(columns) - first]
+        read = places < lengths[:, None]
+        if not ordered:
+            read &= chances(at, seed, epoch, 7) < _TOLD
         yield SequenceBatch(
-            inputs=np.where(places < lengths[:, None], tokens[:, : len(places)], PAD),
+            inputs=np.where(read, tokens[:, : len(places)], PAD),
             targets=tokens[:, first:],
             lengths=lengths,
             at=at[:, first:],
@@ -238,6 +242,8 @@ class _Drawer:
     def __call__(self, step: Step, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """(rows int64[S], log of how often each is expected among them float32[S])"""
         count = self.how.count
+        if count >= self.n_items:
+            return np.arange(self.n_items), np.zeros(self.n_items, np.float32)
         if self.law is None:
             return rng.integers(self.n_items, size=count), np.full(count, np.log(count / self.n_items), "f4")
         if self.how.sampling == "in-batch":

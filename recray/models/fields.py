@@ -60,12 +60,6 @@ class Pool(nn.Module):
         summed_BGTd = weights_GTT @ x_BGTd / weights_GTT.sum(dim=2, keepdim=True).sqrt()
         return self.empty + summed_BGTd.transpose(1, 2).reshape(b, length, dim)
 
-    def others(self, x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-        """What `forward` gives, without fading, for all of a history but each one of it, [B, L, D]."""
-        x_BLD = x_BLD * mask_BL.unsqueeze(2)
-        left_B = mask_BL.sum(dim=1).sub(1).clamp(min=1)
-        return self.empty + (x_BLD.sum(dim=1, keepdim=True) - x_BLD) / left_B.sqrt().view(-1, 1, 1)
-
 
 class Attention(nn.Module):
     """Weighted sums of a history, by what each candidate has to do with it."""

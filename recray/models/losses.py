@@ -102,6 +102,17 @@ def _others_of_best(states_PKD: Tensor, items_ND: Tensor, targets_P: Tensor) -> 
     return best_PN.scatter(1, targets_P.unsqueeze(1), -torch.inf).logsumexp(dim=1)
 
 
+def window_softmax(own_BL: Tensor, negative_BS: Tensor) -> Tensor:
+    """-log of each one's share in the softmax over a window's own items and others, float32[B, L].
+
+    own: scores of the items that are to be told, -inf where there is none; negative: of drawn items less
+    log(S q_j), -inf where the window holds them. Its own are summed as they are and the rest is estimated:
+    with all items drawn once it is the multinomial likelihood of Liang et al. 2018, arXiv 1802.05814.
+    """
+    log_z_B = torch.logaddexp(own_BL.float().logsumexp(1), negative_BS.float().logsumexp(1))
+    return log_z_B.unsqueeze(1) - own_BL
+
+
 def sampled_softmax(
     positive_P: Tensor, negative_PS: Tensor, targets_P: Tensor, negatives_S: Tensor, log_q_S: Tensor
 ) -> Tensor:

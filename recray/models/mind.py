@@ -156,9 +156,11 @@ class MIND(Sequential):
         super().__init__(catalogue, config)
         self.network = Routing(config)
 
-    def scores(self, states: Tensor, targets_P: Tensor, negatives_S: Tensor) -> tuple[Tensor, Tensor]:
-        best_PS = (states @ self.vectors(negatives_S).T).amax(dim=1)
-        return self._of_targets(states, targets_P), best_PS
+    def scores(
+        self, states: Tensor, told_P: Tensor | slice, targets_P: Tensor, negatives_S: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        best_RS = (states @ self.vectors(negatives_S).T).amax(dim=1)
+        return self._of_targets(states[told_P], targets_P), best_RS
 
     def full_softmax(self, states: Tensor, targets_P: Tensor) -> Tensor:
         others_P = others_of_best(states, self.item_vectors(), targets_P)

@@ -8,9 +8,9 @@ newest first (k = 0, 1, ...), q the candidate's and G pooling groups of the dime
     score = <w, p_gmf * q_gmf> + MLP([p_mlp; q_mlp; context])
 
 `p_0` is what an empty history gets and lets `q_gmf` hold an item bias. Each branch has its own tables.
-In training a target sees only the interactions before it, never itself; where a log has no order that means
-anything, all `others` of the user's window but itself: no forgetting is learned, and nothing of the window is
-a negative.
+In training a target sees only the interactions before it, never itself. Where a log has no order that means
+anything, a random `half` of the user's window tells all of it, as in a denoising autoencoder (Liang et al.
+2018, arXiv 1802.05814): no forgetting is learned, and a user is pooled once and not once a target.
 
 Shapes: B users, L history items, C candidates, D dims, G groups, T positions of a sequence, S negatives.
 """
@@ -27,12 +27,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from recray.data.batches import owned
 from recray.data.sequences import Histories
 from recray.errors import ConfigError
 from recray.models.base import Catalogue, Context, seeded
 from recray.models.embeddings import DenseTable
 from recray.models.fields import GROUPS, Pool
+from recray.models.losses import window_softmax
 from recray.models.rankers import RankerBatch, TrainedRanker, newest_first
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Scorer(nn.Module):
         self.from_item = nn.Linear(dim, hidden[0], bias=False)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(hidden))
         self.out = nn.Linear(hidden[-1], 1)
+        nn.init.normal_(self.out.weight, std=0.01)  # starts near GMF, which learns quicker and is led astray
 
     def forward(
         self,
@@ -96,7 +97,7 @@ class NeuMF(TrainedRanker):
         dropout: float = 0.2  # of the pooled history; the pairs' hidden layers are too many to draw for
         loss: Literal["sampled", "bce", "bpr"] = "sampled"
         negatives: int = 256
-        history: Literal["before", "others"] = "before"  # what a target is told from in training
+        history: Literal["before", "half"] = "before"  # what a target is told from in training
 
     config: NeuMF.Config
     network: Scorer
@@ -140,34 +141,28 @@ class NeuMF(TrainedRanker):
         own_PC = torch.from_numpy(_own(sequence)).to(device)
         shared_S = torch.from_numpy(sequence.negatives).to(device)
         real = torch.from_numpy(sequence.targets >= 0).to(device)
+        told_P = slice(None) if self.ordered else real.nonzero()[:, 0]  # which user each target is told from
         with seeded(sequence.seed):
-            p_gmf_PD = self._pooled(net.pool_gmf, self.tables["history_gmf"](read_BL), read_BL, real)
-            p_mlp_PD = self._pooled(net.pool_mlp, self.tables["history_mlp"](read_BL), read_BL, real)
-            p_mlp_PE = torch.cat([p_mlp_PD, self._context(torch.from_numpy(context).to(device)[real])], -1)
-            gmf, mlp = self.tables["item_gmf"], self.tables["item_mlp"]
-            own = net.pairs(p_gmf_PD, p_mlp_PE, gmf(own_PC), mlp(own_PC))
-            shared = net.pairs(p_gmf_PD, p_mlp_PE, gmf(shared_S), mlp(shared_S))
-        negatives = torch.cat([shared, own[:, 1:]], 1)
-        return self.contrast(
-            own[:, 0], negatives, self._log_q(sequence), sequence.weights, sequence.positions
-        )
-
-    def _log_q(self, batch: RankerBatch) -> NDArray[np.float32]:
-        """The batch's, [P, M], infinite too for what a user told from all her others has."""
-        if self.ordered:
-            return batch.log_q
-        log_q_PM, users_P = batch.log_q.copy(), np.nonzero(batch.targets >= 0)[0]
-        shared_PS = log_q_PM[:, : len(batch.negatives)]
-        shared_PS[owned(batch.inputs, batch.negatives)[users_P]] = np.inf
-        return log_q_PM
+            p_gmf = self._pooled(net.pool_gmf, self.tables["history_gmf"](read_BL), read_BL, real)
+            p_mlp = self._pooled(net.pool_mlp, self.tables["history_mlp"](read_BL), read_BL, real)
+        if self.columns:  # each target has its own context
+            added_PX = self._context(torch.from_numpy(context).to(device)[real])
+            p_gmf, p_mlp, told_P = p_gmf[told_P], torch.cat([p_mlp[told_P], added_PX], -1), slice(None)
+        gmf, mlp = self.tables["item_gmf"], self.tables["item_mlp"]
+        own = net.pairs(p_gmf[told_P], p_mlp[told_P], gmf(own_PC), mlp(own_PC))
+        shared = net.pairs(p_gmf, p_mlp, gmf(shared_S), mlp(shared_S))
+        if self.by_window:
+            own_BL = own.new_full(real.shape, -torch.inf).masked_scatter(real, own[:, 0])
+            losses_P = window_softmax(own_BL, shared - torch.from_numpy(sequence.log_q).to(device))[real]
+            return (losses_P * torch.from_numpy(sequence.weights).to(device)).sum() / sequence.positions
+        negatives = torch.cat([shared[told_P], own[:, 1:]], 1)
+        return self.contrast(own[:, 0], negatives, sequence.log_q, sequence.weights, sequence.positions)
 
     def _pooled(self, pool: Pool, x_BLD: Tensor, read_BL: Tensor, real_BT: Tensor) -> Tensor:
-        """What each real target is told from, [P, D]."""
+        """What each real target is told from, [P, D]; without an order what each window is, [B, D]."""
         if self.ordered:
-            users_BTD = pool.prefixes(x_BLD)
-        else:
-            users_BTD = pool.others(x_BLD, (read_BL >= 0).to(x_BLD.dtype))
-        return self._drop(users_BTD[real_BT])
+            return self._drop(pool.prefixes(x_BLD)[real_BT])
+        return self._drop(pool(x_BLD, (read_BL >= 0).to(x_BLD.dtype)))
 
     def inputs(
         self, histories: Histories, candidates: NDArray[np.int64], context: Context | None = None

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from recray.data import feed
-from recray.data.batches import Negatives, SequenceBatch, chances, sequence_batches
+from recray.data.batches import Negatives, SequenceBatch, chances, owned, sequence_batches
 from recray.data.sequences import PAD, Histories
 from recray.errors import ConfigError, InputError
 from recray.models.base import Catalogue, Context, ModelConfig, Ranker
@@ -43,7 +43,8 @@ class RankerBatch(SequenceBatch):
     """Windows of a step, and beside them, for its P real positions:"""
 
     hard: NDArray[np.int64]  # [P, H] negatives of each position's own, PAD where it has none
-    log_q: NDArray[np.float32]  # [P, M] what to take off the negatives' scores; infinite: no negative
+    log_q: NDArray[np.float32]  # [P, M] what to take off the negatives' scores; infinite: no negative.
+    # [B, S] where a window's targets are told together
     weights: NDArray[np.float32]  # [P] of mean about 1
 
 
@@ -51,7 +52,7 @@ class TrainedRanker(Ranker):
     """A ranker trained by gradient on the windows of histories, with contexts."""
 
     gradient = True
-    ordered = True  # whether a target is told from what came before it, and not from all others
+    ordered = True  # whether a target is told from what came before it, and not from half of its window
 
     @dataclass(frozen=True, kw_only=True)
     class Config(ModelConfig):
@@ -80,6 +81,11 @@ class TrainedRanker(Ranker):
         # a manifest does not keep their order
         self.columns = sorted(set(catalogue.context) - {config.propensity})
 
+    @property
+    def by_window(self) -> bool:
+        """Whether nothing distinguishes what the targets of a window are told from and apart from."""
+        return not (self.ordered or self.columns) and self.mined is None and self.config.loss == "sampled"
+
     def drawn(
         self, data: Dataset, *, batch_size: int, epoch: int, seed: int, rank: int, world: int, skip: int
     ) -> Iterator[tuple[RankerBatch, NDArray[np.int64]]]:
@@ -100,10 +106,14 @@ class TrainedRanker(Ranker):
             ordered=self.ordered,
         ):
             at_P = batch.at[batch.at >= 0]
-            hard_PH, log_q_PM = self._told_apart(batch, at_P, seed, epoch)
+            if self.by_window:
+                hard_PH = np.empty((len(at_P), 0), np.int64)
+                log_q = np.where(owned(batch), np.float32(np.inf), batch.log_q)
+            else:
+                hard_PH, log_q = self._told_apart(batch, at_P, seed, epoch)
             told = RankerBatch(
                 **{field.name: getattr(batch, field.name) for field in dataclasses.fields(SequenceBatch)}
-                | {"hard": hard_PH, "log_q": log_q_PM, "weights": weigh[at_P] if len(weigh) else _ones(at_P)}
+                | {"hard": hard_PH, "log_q": log_q, "weights": weigh[at_P] if len(weigh) else _ones(at_P)}
             )
             yield told, self.hidden_context(context, np.maximum(batch.at, 0), seed, epoch)
 

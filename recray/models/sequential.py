@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from recray.data import feed
-from recray.data.batches import Negatives, Sampling, SequenceBatch, sequence_batches
+from recray.data.batches import Negatives, Sampling, SequenceBatch, owned, sequence_batches
 from recray.data.sequences import Histories
 from recray.errors import ConfigError
 from recray.models.base import Catalogue, ModelConfig, Retriever, seeded
 from recray.models.embeddings import DenseTable
-from recray.models.losses import sampled_softmax
+from recray.models.losses import sampled_softmax, window_softmax
 
 if TYPE_CHECKING:
     from recray.data.dataset import Dataset
@@ -62,7 +62,7 @@ class Sequential(Retriever):
     """Base of the models that encode a history by `network`; a subclass sets it after this `__init__`."""
 
     gradient = True
-    ordered = True  # whether a target is told from what came before it, and not from all others
+    ordered = True  # whether a target is told from what came before it, and not from half of its window
     reads_targets: ClassVar[bool] = False  # whether the full softmax reads the targets' vectors too
 
     @dataclass(frozen=True, kw_only=True)
@@ -124,25 +124,33 @@ class Sequential(Retriever):
         targets_P = targets_BL[real]
         with seeded(batch.seed):
             states = self.states(batch)
+        told_P = slice(None) if self.ordered else real.nonzero()[:, 0]  # which state each is told from
         others_PS = None
         if self.config.loss == "softmax":
-            summed = self.full_softmax(states, targets_P)
+            summed = self.full_softmax(states[told_P], targets_P)
         else:
             negatives_S = torch.from_numpy(batch.negatives).to(device)
             log_q_S = torch.from_numpy(batch.log_q).to(device)
-            positive_P, negative_PS = self.scores(states, targets_P, negatives_S)
-            owned_PS = self.owned(batch)
-            if owned_PS is not None:
-                negative_PS = negative_PS.masked_fill(owned_PS, -torch.inf)
-            summed = sampled_softmax(positive_P, negative_PS, targets_P, negatives_S, log_q_S)
-            others_PS = negative_PS - log_q_S
+            positive_P, negative_RS = self.scores(states, told_P, targets_P, negatives_S)
+            if self.ordered:
+                summed = sampled_softmax(positive_P, negative_RS, targets_P, negatives_S, log_q_S)
+                others_PS = negative_RS - log_q_S
+            else:
+                own_BL = positive_P.new_full(real.shape, -torch.inf).masked_scatter(real, positive_P)
+                shut_BS = torch.from_numpy(owned(batch)).to(device)
+                others_BS = (negative_RS - log_q_S).masked_fill(shut_BS, -torch.inf)
+                summed = window_softmax(own_BL, others_BS)[real].sum()
+                others_PS = others_BS[told_P]
         if self.lesson is not None:
-            summed = self._taught(summed, batch, states, others_PS)
+            summed = self._taught(summed, batch, states[told_P], others_PS)
         return summed / batch.positions
 
     # -- what a model may do in its own way ------------------------------------------------------
     def states(self, batch: SequenceBatch) -> Tensor:
-        """The state at every target of a batch, [P, ...]: a part at a time, as little of it is padding."""
+        """The state at every target of a batch, [P, ...], without an order one of each window, [B, ...].
+
+        They are made a part at a time, as little of it is padding.
+        """
         x_RD = self.embedded(torch.from_numpy(_real(batch.inputs)).to(self.device))  # ranks read alike
         made, start = [], 0
         for part in batch.parts():
@@ -150,14 +158,10 @@ class Sequential(Retriever):
             places_R = torch.from_numpy(np.flatnonzero(rows_BL >= 0)).to(self.device)
             stop = start + len(places_R)
             x_BLD = x_RD.new_zeros(rows_BL.size, x_RD.shape[1]).index_copy(0, places_R, x_RD[start:stop])
-            states_BL = self.part_states(part, x_BLD.view(*rows_BL.shape, -1))
-            made.append(states_BL[torch.from_numpy(part.targets >= 0)])
+            states = self.part_states(part, x_BLD.view(*rows_BL.shape, -1))
+            made.append(states[torch.from_numpy(part.targets >= 0)] if self.ordered else states)
             start = stop
         return torch.cat(made)
-
-    def owned(self, batch: SequenceBatch) -> Tensor | None:
-        """Which negatives are none to a position since its user has them, bool[P, S]."""
-        return None
 
     def embedded(self, rows: Tensor) -> Tensor:
         """What the network is told of items, float32[..., D]."""
@@ -165,7 +169,10 @@ class Sequential(Retriever):
         return found
 
     def part_states(self, batch: SequenceBatch, x_BLD: Tensor) -> Tensor:
-        """The state at every place of a batch, [B, L, ...], by what `embedded` gave for its inputs."""
+        """The state at every place of a batch, [B, L, ...], or without an order of each window, [B, ...].
+
+        x: what `embedded` gave for its inputs.
+        """
         return self.network.states(x_BLD, torch.from_numpy(batch.lengths).to(self.device))
 
     def vectors(self, rows: Tensor) -> Tensor:
@@ -173,9 +180,11 @@ class Sequential(Retriever):
         found: Tensor = self.tables["item"](rows)
         return found
 
-    def scores(self, states: Tensor, targets_P: Tensor, negatives_S: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the states [P, ...]: (scores of the targets float32[P], of the negatives float32[P, S])."""
-        positive_P = (states * self.vectors(targets_P)).sum(-1)
+    def scores(
+        self, states: Tensor, told_P: Tensor | slice, targets_P: Tensor, negatives_S: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(Scores of the targets by states[told_P], float32[P]; by each state of the negatives [R, S])."""
+        positive_P = (states[told_P] * self.vectors(targets_P)).sum(-1)
         return positive_P, states @ self.vectors(negatives_S).T
 
     def full_softmax(self, states: Tensor, targets_P: Tensor) -> Tensor:

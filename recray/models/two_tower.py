@@ -11,8 +11,8 @@ from the batch with the log-Q correction and for normalized vectors with a tempe
 worked out ahead: `item_vectors()` is what an index holds.
 
 In training a target's history is what came `before` it, or, where a log has no order that means anything,
-all `others` of the user's window but itself. No item of the window then is a negative: what a user has is
-no answer either when she asks, and it is nearest to what she is told from.
+a random `half` of the user's window, which tells all of it, as in a denoising autoencoder (Liang et al. 2018,
+arXiv 1802.05814).
 
 Shapes: B users, L items of a history, T targets of a window, D dims, F category columns, G numbers,
 S negatives, P positions, N items.
@@ -23,11 +23,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from recray.data.batches import Sampling, SequenceBatch, owned
+from recray.data.batches import Sampling, SequenceBatch
 from recray.data.item_features import item_features, vocabulary_of
 from recray.data.sequences import PAD
 from recray.errors import ConfigError
@@ -114,7 +113,7 @@ class TwoTower(Sequential):
         sampling: Sampling = "in-batch"
         negatives: int = 1024
         uniform_share: float = 0.2
-        history: Literal["before", "others"] = "before"  # what a target is told from in training
+        history: Literal["before", "half"] = "before"  # what a target is told from in training
         pooling: Literal["mean", "attention"] = "attention"
         units: int = 128  # of both MLPs
         temperature: float = 0.1
@@ -186,15 +185,8 @@ class TwoTower(Sequential):
     def part_states(self, batch: SequenceBatch, x_BLD: Tensor) -> Tensor:
         if self.ordered:
             return super().part_states(batch, x_BLD)
-        rows_BL = torch.from_numpy(batch.inputs).to(self.device)  # which are the targets, too
-        others_BTL = (rows_BL >= 0).unsqueeze(1) & (rows_BL.unsqueeze(1) != rows_BL.unsqueeze(2))
-        return self.network.users(x_BLD, others_BTL)
-
-    def owned(self, batch: SequenceBatch) -> Tensor | None:
-        if self.ordered:
-            return None
-        users_P = np.nonzero(batch.targets >= 0)[0]
-        return torch.from_numpy(owned(batch.inputs, batch.negatives)[users_P]).to(self.device)
+        read_B1L = (torch.from_numpy(batch.inputs).to(self.device) >= 0).unsqueeze(1)
+        return self.network.users(x_BLD, read_B1L).squeeze(1)
 
     def full_softmax(self, states: Tensor, targets_P: Tensor) -> Tensor:
         return full_softmax(states, self.item_vectors(), targets_P)

@@ -46,7 +46,7 @@ def recipe_work(recipe: Recipe, catalogue: Catalogue, *, ranks: int = 1, data: D
     mean, counts = (length, None) if data is None else _log(data, length)
     positions = train.batch_size * mean
     full = getattr(options, "loss", "") == "softmax"
-    negatives = 0 if full else ranks * int(getattr(options, "negatives", 0))
+    negatives = 0 if full else ranks * min(int(getattr(options, "negatives", 0)), catalogue.n_items)
     tables = []
     for name, table in model.tables.items():
         of_items = name.startswith("item")
@@ -68,7 +68,8 @@ def recipe_work(recipe: Recipe, catalogue: Catalogue, *, ranks: int = 1, data: D
                 optimizer=train.table_optimizer,
             )
         )
-    flops, activations, calls = _network(model, positions, negatives / ranks)
+    told = train.batch_size if getattr(options, "history", "") == "half" else positions
+    flops, activations, calls = _network(model, positions, told, negatives / ranks)
     return Work(
         tables=tuple(tables),
         dense=_dense(model),
@@ -167,8 +168,10 @@ def _dense(model: Model) -> int:
     return sum(p.numel() for p in model.parameters() if id(p) not in tables)
 
 
-def _network(model: Model, positions: float, negatives: float) -> tuple[float, float, int]:
+def _network(model: Model, positions: float, told: float, negatives: float) -> tuple[float, float, int]:
     """(flops, bytes of activations, calls) of the network's forward and backward pass over P positions.
+
+    told: how many users' states they are told from: as many, or one a window.
 
     A weight costs 6 flops a position. A transformer's block keeps about 26 floats a position and
     dimension, and attends to half a window; every pair of position and negative is scored.
@@ -182,6 +185,7 @@ def _network(model: Model, positions: float, negatives: float) -> tuple[float, f
     if hasattr(options, "hidden"):
         hidden = options.hidden
         a_pair = options.dim + sum(a * b for a, b in pairwise(hidden)) + 2 * hidden[-1]
-        flops = positions * 6 * (_dense(model) + (1 + negatives) * a_pair)
-        return flops, 4 * positions * (1 + negatives) * (2 * sum(hidden) + 4), 1000
+        pairs = positions + told * negatives
+        flops = 6 * (told * _dense(model) + pairs * a_pair)
+        return flops, 4 * pairs * (2 * sum(hidden) + 4), 1000
     return positions * 6.0 * _dense(model), positions * 4.0 * _dense(model) ** 0.5, 300

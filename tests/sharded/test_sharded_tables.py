@@ -43,9 +43,10 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "caser, mixed": ("caser", {**DRAWN, "window": 3, "filters": 4, "units": 8}, "adagrad"),
     "mind, full softmax": ("mind", {**SEQUENCES, "max_len": 12, "hardness": 3.0}, "sgd"),
     "two-tower, mixed": ("two-tower", {**DRAWN, "units": 8}, "adam"),
+    "two-tower, half": ("two-tower", {**DRAWN, "units": 8, "history": "half"}, "adagrad"),
     "neumf, sampled": ("neumf", NEUMF, "adagrad"),
     "neumf, bpr": ("neumf", {**NEUMF, "loss": "bpr"}, "adam"),
-    "neumf, others, l2": ("neumf", {**NEUMF, "history": "others"}, "adagrad"),
+    "neumf, half, l2": ("neumf", {**NEUMF, "history": "half"}, "adagrad"),
     "dlrm, sampled": ("dlrm", NEUMF, "adam"),
     "dcn, bce": ("dcn", {**NEUMF, "loss": "bce", "rank": 2}, "sgd"),
 }

@@ -147,11 +147,11 @@ def test_own_negatives_are_of_the_positions_candidates_and_no_target(name: str) 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_strata_of_own_and_shared_negatives_make_the_whole_partition_function(seed: int) -> None:
     data = ring(8, seed=seed)
-    model = tiny("neumf", hard=4, negatives=64, uniform_share=0.5)
+    model = tiny("neumf", hard=4, negatives=16, uniform_share=0.5)
     model.mined = mined(data, 8, seed)
     scores = np.random.default_rng(seed).normal(size=data.n_items)
     estimates: dict[int, list[float]] = {}
-    for epoch in range(60):
+    for epoch in range(240):
         for batch, _ in batches(model, data, epoch=epoch):
             for p, place in enumerate(batch.at[batch.at >= 0]):
                 rows = np.concatenate([batch.negatives, np.maximum(batch.hard[p], 0)])

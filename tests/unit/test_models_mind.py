@@ -133,9 +133,9 @@ def test_the_target_is_answered_by_its_own_interest() -> None:
     states = torch.randn(6, 3, 9)
     rows = torch.arange(6)
     each = torch.einsum("pkd,pd->pk", states, model.vectors(rows))
-    found, _ = model.scores(states, rows, torch.arange(4))
+    found, _ = model.scores(states, slice(None), rows, torch.arange(4))
     torch.testing.assert_close(found, each.amax(1), atol=1e-3, rtol=1e-3)
-    flat, _ = small(interests=3, sharpness=0.0).scores(states, rows, torch.arange(4))
+    flat, _ = small(interests=3, sharpness=0.0).scores(states, slice(None), rows, torch.arange(4))
     other = torch.einsum("pkd,pd->pk", states, small(interests=3).vectors(rows))
     torch.testing.assert_close(flat, other.mean(1))
 

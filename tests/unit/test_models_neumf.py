@@ -47,35 +47,25 @@ def test_training_pools_what_asking_pools() -> None:
             torch.testing.assert_close(pool(history, mask), prefixes[:, t])
 
 
-def test_without_an_order_all_others_are_pooled_as_asking_pools_them() -> None:
-    model = small(history="others")
-    pool, rows = model.network.pool_gmf, [4, 9, 2, 7, 5]
-    assert not pool.log_weights.requires_grad, "no age says anything"
-    with torch.inference_mode():
-        asked = torch.tensor([[*rows, -1]])
-        left = pool.others(model.tables["history_gmf"](asked), (asked >= 0).float())
-        for t in range(5):
-            given = Histories.of([rows[:t] + rows[t + 1 :]])
-            history, _, mask, *_ = model.inputs(given, np.zeros((1, 1), np.int64))
-            torch.testing.assert_close(pool(history, mask), left[:, t])
-    (batch, context), *_ = model.batches(
-        SmallData(23, Histories.of([[1, 2, 3]])), batch_size=4, epoch=0, seed=0, rank=0, world=1
+@pytest.mark.parametrize("context", [{}, {"day": 4}], ids=["by window", "by target"])
+def test_without_an_order_half_of_a_window_tells_all_of_it(context: dict[str, int]) -> None:
+    """The loss by hand, from scores as they are asked for: log softmax over all items, each target's."""
+    data = SmallData(
+        23, Histories.of([[1, 2, 3, 9], [4, 5], [6, 7, 8]]), context, {c: np.zeros(9, "i4") for c in context}
     )
-    model.loss((batch, context)).backward()
+    model = small(context, history="half", negatives=23)
+    assert model.by_window == (not context)
+    assert not model.network.pool_gmf.log_weights.requires_grad, "no age says anything"
+    ((batch, given),) = model.batches(data, batch_size=4, epoch=0, seed=0, rank=0, world=1)
+    told = [[int(i) for i in row if i >= 0] for row in batch.inputs]
+    wanted = [[int(i) for i in row if i >= 0] for row in batch.targets]
+    assert all(set(a) <= set(b) for a, b in zip(told, wanted))
+    scores = model.score(Histories.of(told), np.tile(np.arange(23), (3, 1))).log_softmax(1)
+    by_hand = -sum(scores[u, i] for u, row in enumerate(wanted) for i in row) / 9
+    torch.testing.assert_close(model.loss((batch, given)), by_hand)
+    model.loss((batch, given)).backward()
     touched = model.tables["history_gmf"].weight.grad.abs().sum(1) > 0
-    assert touched.nonzero().squeeze(1).tolist() == [1, 2, 3]
-
-
-def test_what_a_user_has_is_no_negative_where_there_is_no_order() -> None:
-    model = small(history="others", negatives=40, context_dim=1)
-    (batch, context), *_ = model.batches(
-        SmallData(23, Histories.of([[1, 2, 3]])), batch_size=4, epoch=0, seed=0, rank=0, world=1
-    )
-    assert {1, 2, 3} & set(batch.negatives.tolist())
-    model.loss((batch, context)).backward()
-    touched = model.tables["item_gmf"].weight.grad.abs().sum(1) > 0
-    drawn = {int(i) for i in batch.negatives} - {1, 2, 3}
-    assert {int(i) for i in touched.nonzero()} == drawn | {1, 2, 3}  # as targets, the first of them too
+    assert touched.nonzero().squeeze(1).tolist() == sorted(i for row in told for i in row)
 
 
 def test_a_target_is_not_in_its_own_history() -> None:
@@ -94,7 +84,7 @@ def test_context_is_learned_and_unknown_values_are_answered() -> None:
     items = np.where(rng.random(3000) < 0.9, day * 5, rng.integers(0, 23, 3000)).astype(np.int32)
     histories = Histories(items, np.arange(0, 3001, 10, dtype=np.int64))
     data = SmallData(23, histories, {"day": 4}, {"day": day})
-    model = fitted(small(data.context_sizes), data, 20)
+    model = fitted(small(data.context_sizes, hidden=(32,)), data, 20)
     asked, everything = Histories.of([[1, 2]] * 5), np.tile(np.arange(23), (5, 1))
     found = model.score(asked, everything, {"day": np.int32([1, 2, 3, 0, 99])})
     assert found.argmax(1)[:3].tolist() == [5, 10, 15]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,58 +115,35 @@ def test_features_travel_with_the_state(tmp_path: Path) -> None:
     torch.testing.assert_close(served.score(asked), model.score(asked), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("loss", ["sampled", "softmax"])
 @pytest.mark.parametrize("pooling", ["mean", "attention"])
-def test_others_are_all_of_the_window_but_the_target(pooling: str) -> None:
-    """The user of each target by hand, from the history without it, wherever it lies."""
+def test_without_an_order_half_of_a_window_tells_all_of_it(pooling: str, loss: str) -> None:
+    """The loss by hand, of users as they are encoded when they ask: log softmax over all items."""
     data = Data(item_features=None)
-    model = trained(model_of(data, history="others", pooling=pooling), data, 2)
+    options = {"history": "half", "pooling": pooling, "loss": loss, "negatives": ITEMS}
+    model = trained(model_of(data, **options), data, 2)
     batch = next(model.batches(data, batch_size=4, epoch=0, seed=0, rank=0, world=1))
+    told = Histories.of([[int(i) for i in row if i != PAD] for row in batch.inputs])
+    assert 0 < len(told.items) < (batch.targets >= 0).sum()
     with torch.inference_mode():
-        found = model.states(batch)
-        states = torch.zeros(*batch.targets.shape, found.shape[1])
-        states[torch.from_numpy(batch.targets >= 0)] = found
-        for b, t in ((0, 0), (1, 3), (3, 4)):
-            target = batch.targets[b, t]
-            assert np.array_equal(batch.inputs[b], batch.targets[b]), "the first of a window is a target, too"
-            window = batch.targets[b]
-            rest = [int(i) for i in window if i not in (target, PAD)]
-            assert len(rest) == 5
-            wanted = model.encode(Histories.of([rest]))[0, 0]
-            torch.testing.assert_close(states[b, t], wanted, atol=1e-4, rtol=1e-4)
-
-
-def test_what_a_user_has_is_no_negative_where_there_is_no_order() -> None:
-    """The gradient of a negative by hand: none comes from the users whose windows hold it."""
-    data = Data(item_features=None)
-    model = model_of(data, history="others")
-    batch = next(model.batches(data, batch_size=4, epoch=0, seed=0, rank=0, world=1))
-    windows = [{int(i) for i in row if i != PAD} for row in batch.inputs]
-    wanted = [[int(i) in windows[b] for i in batch.negatives] for b, t in np.argwhere(batch.targets >= 0)]
-    found = model.owned(batch)
-    assert any(map(any, wanted))
-    assert found is not None
-    assert found.tolist() == wanted
-    assert model_of(data).owned(batch) is None
-    held = replace(batch, negatives=np.array(sorted(windows[0])), log_q=np.zeros(len(windows[0])))
-    first = replace(
-        held, **{n: getattr(held, n)[:1] for n in ("inputs", "targets", "lengths", "at")}, positions=1.0
-    )
-    assert model.loss(first).item() == 0, "one window, told apart from nothing but itself"
+        scores = model.score(told).log_softmax(1)
+        by_hand = -scores.gather(1, torch.from_numpy(batch.targets)).mean()
+        torch.testing.assert_close(model.loss(batch), by_hand, atol=1e-4, rtol=1e-4)
 
 
 def test_the_mean_is_the_mean() -> None:
     data = Data(item_features=None)
-    model = model_of(data, pooling="mean", history="others").eval()
+    model = model_of(data, pooling="mean", history="half").eval()
     rows = [3, 9, 9, 27]
     pooled = model.tables["item"].weight[rows].mean(0)
     wanted = normalize(pooled, dim=0) / 0.1  # an MLP that has learned nothing adds nothing
     torch.testing.assert_close(model.encode(Histories.of([rows]))[0, 0], wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_the_order_counts_before_and_not_among_others() -> None:
+def test_the_order_counts_before_and_not_in_a_half() -> None:
     data = Data(item_features=None)
     rows, turned = Histories.of([[1, 7, 13, 20]]), Histories.of([[20, 13, 7, 1]])
-    unordered = trained(model_of(data, history="others"), data, 2)
+    unordered = trained(model_of(data, history="half"), data, 2)
     torch.testing.assert_close(unordered.encode(rows), unordered.encode(turned), atol=1e-4, rtol=1e-4)
     ordered = trained(model_of(data), data, 2)
     assert not torch.allclose(ordered.encode(rows), ordered.encode(turned), atol=1e-3)
