@@ -36,10 +36,11 @@ TUNED: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> (recipe, changes)
             "options.history=half",
             "options.max_len=3000",
             "options.negatives=4000",  # all items
+            "options.pretrain=30",
             "train.batch_size=64",
             "train.lr=0.003",
             "train.schedule=cosine",
-            "train.epochs=40",
+            "train.epochs=42",
             "train.patience=0",
             "train.valid_users=1000",
         ),

@@ -48,6 +48,7 @@ class SequenceBatch:
     log_q: NDArray[np.float32]  # [S] log of the expected number of times each was drawn
     positions: float  # real positions of the whole step over `world`: divide a summed loss by it
     seed: int  # of this batch on this rank, for dropout
+    epoch: int
 
     def parts(self) -> Iterator[SequenceBatch]:
         """The same windows some at a time, each part padded to its own longest; in the same order."""
@@ -226,6 +227,7 @@ def sequence_batches(
             log_q=log_q,
             positions=float((step.lengths[whole] - first).sum()) / world,
             seed=int(generator(seed, epoch, 3, step.number, rank).integers(2**31)),
+            epoch=epoch,
         )
 
 

@@ -73,15 +73,22 @@ class Scorer(nn.Module):
         p_gmf, p_mlp = self.pool_gmf(history_gmf_BLD, mask_BL), self.pool_mlp(history_mlp_BLD, mask_BL)
         return self.pairs(p_gmf, torch.cat([p_mlp, context_BX], dim=-1), item_gmf_BCD, item_mlp_BCD)
 
-    def pairs(self, p_gmf_BD: Tensor, p_mlp_BE: Tensor, gmf_BCD: Tensor, mlp_BCD: Tensor) -> Tensor:
-        """Scores [B, C] of pooled users and candidates; candidates may be [C, D], shared by all."""
+    def pairs(
+        self, p_gmf_BD: Tensor, p_mlp_BE: Tensor, gmf_BCD: Tensor, mlp_BCD: Tensor, *, deep: bool = True
+    ) -> Tensor:
+        """Scores [B, C] of pooled users and candidates; candidates may be [C, D], shared by all.
+
+        deep: whether the MLP adds to them.
+        """
         linear = (gmf_BCD @ (p_gmf_BD * self.gmf).unsqueeze(-1)).squeeze(-1)
+        if not deep:
+            return linear
         # the first layer of an MLP over [user; item] is a sum: computed once a user and once an item
         hidden = self.from_user(p_mlp_BE).unsqueeze(-2) + self.from_item(mlp_BCD)
         for layer in self.layers:
             hidden = layer(nn.functional.relu(hidden))
-        deep: Tensor = self.out(nn.functional.relu(hidden)).squeeze(-1)
-        return linear + deep
+        added: Tensor = self.out(nn.functional.relu(hidden)).squeeze(-1)
+        return linear + added
 
 
 class NeuMF(TrainedRanker):
@@ -97,6 +104,7 @@ class NeuMF(TrainedRanker):
         dropout: float = 0.2  # of the pooled history; the pairs' hidden layers are too many to draw for
         loss: Literal["sampled", "bce", "bpr"] = "sampled"
         negatives: int = 256
+        pretrain: int = 0  # first epochs of GMF alone, from which the paper goes on, too
         history: Literal["before", "half"] = "before"  # what a target is told from in training
 
     config: NeuMF.Config
@@ -107,6 +115,8 @@ class NeuMF(TrainedRanker):
         self.ordered = config.history == "before"
         if config.dim < 1 or config.dim % GROUPS:
             raise ConfigError(f"options.dim {config.dim} is not a multiple of {GROUPS}")
+        if config.pretrain < 0:
+            raise ConfigError("options.pretrain is a number of epochs, 0 or more")
         if config.context_dim < 1 or not config.hidden or min(config.hidden) < 1:
             raise ConfigError("context_dim and hidden must be at least 1", where="options")
         for name in ("history_gmf", "item_gmf", "history_mlp", "item_mlp"):
@@ -149,8 +159,9 @@ class NeuMF(TrainedRanker):
             added_PX = self._context(torch.from_numpy(context).to(device)[real])
             p_gmf, p_mlp, told_P = p_gmf[told_P], torch.cat([p_mlp[told_P], added_PX], -1), slice(None)
         gmf, mlp = self.tables["item_gmf"], self.tables["item_mlp"]
-        own = net.pairs(p_gmf[told_P], p_mlp[told_P], gmf(own_PC), mlp(own_PC))
-        shared = net.pairs(p_gmf, p_mlp, gmf(shared_S), mlp(shared_S))
+        deep = not self.training or sequence.epoch >= self.config.pretrain
+        own = net.pairs(p_gmf[told_P], p_mlp[told_P], gmf(own_PC), mlp(own_PC), deep=deep)
+        shared = net.pairs(p_gmf, p_mlp, gmf(shared_S), mlp(shared_S), deep=deep)
         if self.by_window:
             own_BL = own.new_full(real.shape, -torch.inf).masked_scatter(real, own[:, 0])
             losses_P = window_softmax(own_BL, shared - torch.from_numpy(sequence.log_q).to(device))[real]

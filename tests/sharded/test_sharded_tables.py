@@ -46,7 +46,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "two-tower, half": ("two-tower", {**DRAWN, "units": 8, "history": "half"}, "adagrad"),
     "neumf, sampled": ("neumf", NEUMF, "adagrad"),
     "neumf, bpr": ("neumf", {**NEUMF, "loss": "bpr"}, "adam"),
-    "neumf, half, l2": ("neumf", {**NEUMF, "history": "half"}, "adagrad"),
+    "neumf, half, l2": ("neumf", {**NEUMF, "history": "half", "pretrain": 1}, "adagrad"),
     "dlrm, sampled": ("dlrm", NEUMF, "adam"),
     "dcn, bce": ("dcn", {**NEUMF, "loss": "bce", "rank": 2}, "sgd"),
 }

@@ -68,6 +68,20 @@ def test_without_an_order_half_of_a_window_tells_all_of_it(context: dict[str, in
     assert touched.nonzero().squeeze(1).tolist() == sorted(i for row in told for i in row)
 
 
+def test_gmf_is_trained_alone_for_the_epochs_asked_for() -> None:
+    data = SmallData(23, Histories.of([[1, 2, 3, 9], [4, 5], [6, 7, 8]]))
+    model = small(pretrain=2).train()
+    for epoch, deep in ((0, False), (1, False), (2, True)):
+        model.zero_grad()
+        for batch in model.batches(data, batch_size=4, epoch=epoch, seed=0, rank=0, world=1):
+            model.loss(batch).backward()
+        learned = {name: p.grad is not None and bool(p.grad.any()) for name, p in model.named_parameters()}
+        assert learned["tables.item_gmf.weight"]
+        assert learned["tables.item_mlp.weight"] == learned["network.out.weight"] == deep
+    with pytest.raises(ConfigError, match="pretrain"):
+        small(pretrain=-1)
+
+
 def test_a_target_is_not_in_its_own_history() -> None:
     model = small()
     (batch, _), *_ = model.batches(
