@@ -109,8 +109,7 @@ def window_softmax(own_BL: Tensor, negative_BS: Tensor) -> Tensor:
     log(S q_j), -inf where the window holds them. Its own are summed as they are and the rest is estimated:
     with all items drawn once it is the multinomial likelihood of Liang et al. 2018, arXiv 1802.05814.
     """
-    log_z_B = torch.logaddexp(own_BL.float().logsumexp(1), negative_BS.float().logsumexp(1))
-    return log_z_B.unsqueeze(1) - own_BL
+    return torch.cat([own_BL, negative_BS], dim=1).float().logsumexp(1, keepdim=True) - own_BL
 
 
 def sampled_softmax(

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from recray.data.sequences import Histories
 from recray.errors import ConfigError
 from recray.models.base import Catalogue, Context, seeded
-from recray.models.embeddings import DenseTable
+from recray.models.embeddings import DenseTable, normal
 from recray.models.fields import GROUPS, Pool
 from recray.models.losses import window_softmax
 from recray.models.rankers import RankerBatch, TrainedRanker, newest_first
@@ -58,7 +58,7 @@ class Scorer(nn.Module):
         self.from_item = nn.Linear(dim, hidden[0], bias=False)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(hidden))
         self.out = nn.Linear(hidden[-1], 1)
-        nn.init.normal_(self.out.weight, std=0.01)  # starts near GMF, which learns quicker and is led astray
+        self.out.weight = normal(1, hidden[-1], std=0.01)  # starts near GMF, which learns quicker
 
     def forward(
         self,
@@ -173,7 +173,8 @@ class NeuMF(TrainedRanker):
         """What each real target is told from, [P, D]; without an order what each window is, [B, D]."""
         if self.ordered:
             return self._drop(pool.prefixes(x_BLD)[real_BT])
-        return self._drop(pool(x_BLD, (read_BL >= 0).to(x_BLD.dtype)))
+        pooled_BD = pool(x_BLD, (read_BL >= 0).to(x_BLD.dtype))
+        return pool.empty + self._drop(pooled_BD - pool.empty)  # what is popular stays
 
     def inputs(
         self, histories: Histories, candidates: NDArray[np.int64], context: Context | None = None

@@ -68,6 +68,16 @@ def test_without_an_order_half_of_a_window_tells_all_of_it(context: dict[str, in
     assert touched.nonzero().squeeze(1).tolist() == sorted(i for row in told for i in row)
 
 
+def test_a_user_who_has_every_negative_breaks_nothing() -> None:
+    model = small(history="half", negatives=40, max_len=30)
+    data = SmallData(23, Histories.of([list(range(23)), [1, 2]]))
+    (batch,) = model.batches(data, batch_size=4, epoch=0, seed=0, rank=0, world=1)
+    loss = model.loss(batch)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_gmf_is_trained_alone_for_the_epochs_asked_for() -> None:
     data = SmallData(23, Histories.of([[1, 2, 3, 9], [4, 5], [6, 7, 8]]))
     model = small(pretrain=2).train()
