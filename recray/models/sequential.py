@@ -140,7 +140,8 @@ class Sequential(Retriever):
                 shut_BS = torch.from_numpy(owned(batch)).to(device)
                 others_BS = (negative_RS - log_q_S).masked_fill(shut_BS, -torch.inf)
                 summed = window_softmax(own_BL, others_BS)[real].sum()
-                others_PS = others_BS[told_P]
+                if self.lesson is not None:  # as wide as the targets, of which a window has many
+                    others_PS = others_BS[told_P]
         if self.lesson is not None:
             summed = self._taught(summed, batch, states[told_P], others_PS)
         return summed / batch.positions
