@@ -134,7 +134,8 @@ class Sequential(Retriever):
             positive_P, negative_RS = self.scores(states, told_P, targets_P, negatives_S)
             if self.ordered:
                 summed = sampled_softmax(positive_P, negative_RS, targets_P, negatives_S, log_q_S)
-                others_PS = negative_RS - log_q_S
+                if self.lesson is not None:
+                    others_PS = negative_RS - log_q_S
             else:
                 own_BL = positive_P.new_full(real.shape, -torch.inf).masked_scatter(real, positive_P)
                 shut_BS = torch.from_numpy(owned(batch)).to(device)
