@@ -116,7 +116,7 @@ def corrupt(quick: bool) -> Iterator[Row]:
                         recray.ship(copy, url=one.url, token=one.token)
                         answered_from += 1
                     except InputError as error:
-                        refused.append(f"{name}: {error}"[:120])
+                        refused.append(f"{name}: {error}".replace(f"{copy}", "BUNDLE")[:120])
                     load.wait(10)
             wrong = mixed(load.answers, made[:1])
             given = {

@@ -102,8 +102,6 @@ class Front:
         degraded: tuple[str, ...] = ()
         if history is not None:
             rows = self.items.rows_of(_ids("history", history))
-            if len(rows) and rows.max() < 0:
-                degraded = ("unknown history",)
         elif user is not None:
             at = int(self.users.rows_of([_id("user", user)])[0])
             rows = self.histories[at] if at >= 0 else np.empty(0, np.int32)
@@ -113,12 +111,14 @@ class Front:
                 degraded = ("unknown user",)
         else:
             rows = np.empty(0, np.int32)
-        rows = np.asarray(rows[rows >= 0], np.int32)
-        named = self.items.rows_of(_ids("exclude", exclude)).tolist()
-        barred = {*named, *rows.tolist()} if exclude_seen else {*named}
+        seen = {*rows.tolist()}
+        if -1 in seen:
+            rows, degraded = rows[rows >= 0], ("unknown history",) if len(seen) == 1 else degraded
+        barred = {*self.items.rows_of(_ids("exclude", exclude)).tolist(), *(seen if exclude_seen else ())}
+        barred.discard(-1)
         made = Request(
-            history=rows if self.changes is None else rows[rows < self.known],
-            exclude=np.array(sorted(barred - {-1}), np.int32),
+            history=np.asarray(rows if self.changes is None else rows[rows < self.known], np.int32),
+            exclude=np.array(sorted(barred), np.int32),
             k=self._count(k),
             filter=self.wanted(filter),
             context=self._context(context),

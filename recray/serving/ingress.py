@@ -66,10 +66,10 @@ class Ingress:
         batch = (line.began, line.place, line.of)
         return Reply(line.items, self.front.generation, degraded, timing, batch)
 
-    def at_hand(self, ask: RecommendRequest, why: str = AWAY) -> Reply:
-        """An answer without any stage: an earlier one, or what is popular. Raises ApiError (422)."""
+    def at_hand(self, ask: RecommendRequest) -> Reply:
+        """An answer where stages are away: an earlier one, or what is popular. Raises ApiError (422)."""
         start, asked = time.monotonic(), self._checked(ask)
-        return self._at_hand(asked, _spot(ask, asked), why, start)
+        return self._at_hand(asked, _spot(ask, asked), AWAY, start)
 
     def _check_time(self, left_s: float) -> None:
         """Raises TooLate where a request would wait in vain."""

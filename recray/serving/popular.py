@@ -39,16 +39,15 @@ class Popular:
         """The best k for a request as (rows int32[k], scores float32[k]); fewer where no more are left."""
         if request.rules is not None and (request.rules.pins or request.rules.caps):
             return self._by_rules(request, replace(request.rules, diversity=0.0))
-        mask, barred = self._front.allowed(request), request.exclude
+        mask, barred = self._front.allowed(request), {*request.exclude.tolist()}
         reach = request.k + len(barred)
         while True:  # mostly the first rows will do, however long the catalogue is
-            rows = self._rows[:reach]
+            some = self._rows[:reach]
             if mask is not None:
-                rows = rows[mask[rows]]
-            if len(barred):
-                rows = rows[~np.isin(rows, barred)]
-            if len(rows) >= request.k or reach >= len(self._rows):
-                rows = rows[: request.k]
+                some = some[mask[some]]
+            found = [row for row in some.tolist() if row not in barred]
+            if len(found) >= request.k or reach >= len(self._rows):
+                rows = np.array(found[: request.k], np.int32)
                 return rows, self._counts[rows]
             reach *= WIDER
 

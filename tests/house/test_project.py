@@ -25,7 +25,7 @@ from recray.cli.main import VERBS, parser
 from tests.house.source import ROOT, modules, third_party, tree
 
 # A benchmark reports a missing one as missing; they live in environments of their own (tools/peers.sh).
-PEERS = {"torchrec", "fbgemm_gpu", "rectools", "pytorch_lightning", "sentence_transformers"}
+PEERS = {"torchrec", "fbgemm_gpu", "rectools", "recbole", "pytorch_lightning", "sentence_transformers"}
 SOLD_BY = {"surprise": ["scikit-surprise"]}  # under another name, and perhaps not installed
 README = (ROOT / "README.md").read_text()
 GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("cluster/**/*.md")]
