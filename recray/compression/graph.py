@@ -100,6 +100,8 @@ class OnnxNetwork(nn.Module):
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # without VNNI the product of unsigned by signed bytes saturates at 16 bits and answers wrongly
+        options.add_session_config_entry("session.x64quantprecision", "1")
         source = graph if isinstance(graph, bytes) else str(graph)
         try:
             self.session: Any = onnxruntime.InferenceSession(
