@@ -159,9 +159,10 @@ def naive(uri: str, replicas: int) -> Iterator[dict[str, str]]:
 
 @contextlib.contextmanager
 def uvicorn(uri: str, replicas: int) -> Iterator[dict[str, str]]:
-    """One process, one thread for models beside its event loop."""
+    """One process, one thread for models beside its event loop, set up as a replica is."""
     import uvicorn as server
 
+    process.take_turns()
     torch.set_num_threads(1)
     bundle: Bundle = open_bundle(uri, threads=1)
     app = build_asgi(Ingress(bundle, Fused(bundle, Batch())))

@@ -21,4 +21,13 @@ echo "peers.sh: installing $peer into $folder (minutes the first time)" >&2
 tools/venv.sh "$folder/$peer" && pip "rectools[torch]==0.19.0" numpy==1.26.4 \
     && python -W ignore -c "import rectools.models" || missing
 
+# RecBole asks for an old Ray that it needs for tuning only, and does not start on today's setuptools and numpy.
+peer=recbole
+echo "peers.sh: installing $peer into $folder (minutes the first time)" >&2
+tools/venv.sh "$folder/$peer" \
+    && pip setuptools==80.9.0 numpy==1.26.4 pandas==2.2.3 scipy==1.11.4 scikit-learn==1.5.2 tensorboard==2.19.0 \
+        colorlog==4.7.2 colorama==0.4.4 pyyaml texttable tabulate psutil plotly tqdm \
+    && pip --no-deps recbole==1.2.1 thop==0.1.1.post2209072238 \
+    && python -W ignore -c "import recbole.trainer" || missing
+
 [ -z "$made" ] || touch "$folder/.installed"

@@ -18,6 +18,7 @@ from recray.errors import InputError, RecrayError
 
 START_S = 120.0  # what the whole graph may take to be ready
 YOUNG = 10_000  # new objects that call for a collection of them; 700 are Python's default
+TURN_S = 1e-4  # after which a thread that waits for the interpreter gets it; 5e-3 is Python's default
 
 
 def check_free(host: str, port: int) -> int:
@@ -85,6 +86,15 @@ def freeze() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(YOUNG, *gc.get_threshold()[1:])
+
+
+def take_turns() -> None:
+    """Let a model's thread and the event loop work side by side.
+
+    The thread gives the interpreter up at each product, and would get it back only when the loop has nothing
+    left to do, or after five milliseconds: at each of some hundred products a batch.
+    """
+    sys.setswitchinterval(TURN_S)
 
 
 def log_to_stderr(name: str) -> None:

@@ -1,8 +1,9 @@
-"""What a server process does with its garbage."""
+"""What a server process does with its garbage and with its threads."""
 
 from __future__ import annotations
 
 import gc
+import sys
 
 from recray.serving import process
 
@@ -20,3 +21,12 @@ def test_what_is_there_is_left_out_of_later_collections() -> None:
     finally:
         gc.unfreeze()
         gc.set_threshold(*before)
+
+
+def test_threads_take_turns_sooner_than_python_has_it() -> None:
+    before = sys.getswitchinterval()
+    try:
+        process.take_turns()
+        assert sys.getswitchinterval() < before
+    finally:
+        sys.setswitchinterval(before)

@@ -76,6 +76,7 @@ class _Replica(Counted):
         name = type(self).__name__.removesuffix("Replica")
         self.teller = Teller(name, Meter(), self.args.price, self.batches)
         process.freeze()
+        process.take_turns()
 
     async def holds(self, generation: str) -> str:
         """The generation, or nothing where it is not held."""
@@ -154,6 +155,7 @@ class IngressReplica(Counted):
         self.teller = Teller("Ingress", self.seen.meter, known.price, self.batches)
         self.shipper = _shipper(self.router, cast(KeptPointer, self.follower.pointer), known, self.stages)
         process.freeze()
+        process.take_turns()
 
     def _held(self, one: Generation, now: Ingress | None) -> Ingress:
         """One generation as this ingress answers from it. Raises InputError for what must not be held."""
