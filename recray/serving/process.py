@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import logging
@@ -12,7 +13,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from recray.errors import InputError, RecrayError
 
@@ -95,6 +97,36 @@ def take_turns() -> None:
     left to do, or after five milliseconds: at each of some hundred products a batch.
     """
     sys.setswitchinterval(TURN_S)
+
+
+def accept_all(loop: asyncio.AbstractEventLoop) -> None:
+    """Have a server that this loop starts later on a given socket take all connections that wait, at once.
+
+    libuv takes one a turn of its loop (1.45 and later). A turn is long where much is asked, and just there
+    connections become more: the last of a hundred would wait for a hundred turns, a health check among them.
+    """
+    create = loop.create_server
+    kept: set[asyncio.Task[Any]] = set()  # a loop holds its tasks only weakly
+
+    async def create_server(
+        protocol: Callable[[], asyncio.BaseProtocol], *at: Any, sock: socket.socket | None = None, **how: Any
+    ) -> asyncio.Server:
+        def taken() -> asyncio.BaseProtocol:
+            """Called for the one that the loop has taken."""
+            while sock is not None:
+                try:
+                    other, _ = sock.accept()
+                except OSError:  # nobody else waits, or nobody listens any more
+                    break
+                other.setblocking(False)
+                task = loop.create_task(loop.connect_accepted_socket(protocol, other, ssl=how.get("ssl")))
+                kept.add(task)
+                task.add_done_callback(kept.discard)
+            return protocol()
+
+        return await create(taken, *at, sock=sock, **how)
+
+    loop.create_server = create_server  # type: ignore[method-assign, assignment]
 
 
 def log_to_stderr(name: str) -> None:

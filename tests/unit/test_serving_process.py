@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import socket
 import sys
+import time
+from typing import cast
+
+import pytest
 
 from recray.serving import process
 
@@ -30,3 +36,49 @@ def test_threads_take_turns_sooner_than_python_has_it() -> None:
         assert sys.getswitchinterval() < before
     finally:
         sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("library", ["asyncio", "uvloop"])
+def test_all_who_wait_are_taken_at_once_and_answered(library: str) -> None:
+    many = 50
+    loops = pytest.importorskip(library)
+
+    class Echo(asyncio.Protocol):
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            self.transport = cast(asyncio.Transport, transport)
+
+        def data_received(self, data: bytes) -> None:
+            self.transport.write(data)
+
+    async def turns() -> int:
+        loop = asyncio.get_running_loop()
+        process.accept_all(loop)
+        listening = socket.create_server(("127.0.0.1", 0))
+        server = await loop.create_server(Echo, sock=listening)
+        asked = [socket.create_connection(listening.getsockname()) for _ in range(many)]
+        for number, line in enumerate(asked):
+            line.sendall(b"%d" % number)
+            line.setblocking(False)
+        got: list[bytes] = []
+        turn = 0
+        while len(got) < many and turn < many:
+            turn += 1
+            time.sleep(0.002)  # a long turn
+            await asyncio.sleep(0)
+            for line in asked[len(got) :]:
+                try:
+                    got.append(line.recv(100))
+                except BlockingIOError:
+                    break
+        assert got == [b"%d" % number for number in range(many)]
+        for line in asked:
+            line.close()
+        server.close()
+        await asyncio.sleep(0.05)
+        return turn
+
+    loop = loops.new_event_loop()
+    try:
+        assert loop.run_until_complete(turns()) < many // 4
+    finally:
+        loop.close()

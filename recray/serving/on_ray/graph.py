@@ -156,6 +156,7 @@ class IngressReplica(Counted):
         self.shipper = _shipper(self.router, cast(KeptPointer, self.follower.pointer), known, self.stages)
         process.freeze()
         process.take_turns()
+        process.accept_all(asyncio.get_running_loop())
 
     def _held(self, one: Generation, now: Ingress | None) -> Ingress:
         """One generation as this ingress answers from it. Raises InputError for what must not be held."""
