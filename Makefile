@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
-PARTS := house unit contract sharded ray walk
+# tests that share nothing run on all cores; those that share one cluster, or measure, run one by one
+APART := house unit contract sharded clusters
+TOGETHER := ray walk
 export PYTHON
 
 .PHONY: help install demo test check bench soak clean
@@ -32,7 +34,8 @@ demo: install
 
 ## test     every test but the soak
 test: install
-	$(BIN)/python -m pytest -m "not slow" $(addprefix tests/,$(PARTS))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile $(addprefix tests/,$(APART))
+	$(BIN)/python -m pytest -m "not slow" $(addprefix tests/,$(TOGETHER))
 
 ## check    lint, format, types, and which package may import which
 check: install

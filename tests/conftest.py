@@ -6,8 +6,12 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import settings
+
+from recray.data.dataset import Dataset
+from recray.data.prepare import prepare
 
 settings.register_profile("recray", deadline=None, max_examples=50, derandomize=True, database=None)
 settings.load_profile("recray")
@@ -29,3 +33,16 @@ def ray_cluster() -> Iterator[str]:
 
     with connect.session(num_cpus=4) as address:
         yield address
+
+
+@pytest.fixture(scope="session")
+def ring(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """400 users who each walk a part of a ring of 80 items."""
+    made, folder = np.random.default_rng(0), tmp_path_factory.mktemp("ring")
+    rows = ["user,item,time"]
+    for user in range(400):
+        start, length = int(made.integers(80)), int(made.integers(5, 15))
+        rows += [f"u{user},i{(start + step) % 80},{step}" for step in range(length)]
+    log: Path = folder / "log.csv"
+    log.write_text("\n".join(rows))
+    return prepare([str(log)], out=str(folder / "dataset"))

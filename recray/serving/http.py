@@ -33,6 +33,7 @@ access = logging.getLogger("recray.access")
 log = logging.getLogger("recray.serving")
 
 RECOMMEND = "/v1/recommend"
+VISIT = "recray.visit"  # in the scope of a request that came through the door already, or was sent away
 _ASKED = re.compile(r"/v1/")  # what needs the token; health and documentation hold no data
 
 
@@ -68,7 +69,7 @@ def build_asgi(
     steps: admin.Admin | None = None,
     seen: Seen | None = None,
     door: Door | None = None,
-) -> ASGIApp:
+) -> Gate:
     """The application; with a digest, /v1/* asks for that bearer token. users: takes and recalls events.
     steps: taken at /admin/* by whom `admin.check_token` lets in. seen: notes what is answered and refused.
     door: gives deadlines, and lets in who can be answered."""
@@ -115,7 +116,7 @@ def build_asgi(
         ],
         redirect_slashes=False,
     )
-    return _Gate(router, _Recommend(answerer, users, seen, door), token_digest, admin_digest, seen)
+    return Gate(router, _Recommend(answerer, users, seen, door), door, token_digest, admin_digest, seen)
 
 
 def _similar(answerer: Answerer, door: Door) -> Route:
@@ -142,14 +143,17 @@ class _Recommend:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] != "POST":
             raise HTTPException(405, headers={"Allow": "POST"})
-        visit = self._door.enter(scope["headers"])
+        visit = scope.get(VISIT) or self._door.enter(scope["headers"])
+        if isinstance(visit, ApiError):
+            raise visit
         try:
             ask = schema.parse_recommend(await _json_body(scope, receive))
             self._door.limit(ask, visit)
             missing = [] if self._users is None else await self._users.recall(ask)
             reply = await self._answerer.recommend(ask)
         finally:
-            self._door.leave()
+            if VISIT not in scope:
+                self._door.leave()
         reply.degraded += missing
         body = _told(scope["state"], reply)
         length = (b"content-length", str(len(body)).encode())
@@ -165,18 +169,19 @@ class _Recommend:
 _CSP = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
 
-class _Gate:
+class Gate:
     """Around every request: an id, the token, errors as bodies, one line in the access log."""
 
     def __init__(
         self,
         app: ASGIApp,
         recommend: ASGIApp,
+        door: Door,
         token_digest: str | None,
         admin_digest: str | None,
         seen: Seen | None = None,
     ) -> None:
-        self._app, self._recommend, self._seen = app, recommend, seen
+        self._app, self._recommend, self._door, self._seen = app, recommend, door, seen
         self._token_digest, self._admin_digest = token_digest, admin_digest
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -229,6 +234,23 @@ class _Gate:
         finally:
             if access.isEnabledFor(logging.INFO):
                 access.info(_access_line(scope, status, time.perf_counter() - start))
+
+    async def before(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        """Have `app` answer, which leads here in the end, or answer at once where the door sends away."""
+        path, method = scope.get("path", ""), scope.get("method")
+        if method != "POST" or not path.endswith(RECOMMEND):
+            await app(scope, receive, send)
+            return
+        try:
+            scope[VISIT] = self._door.enter(scope["headers"])
+        except ApiError as refusal:
+            scope[VISIT], scope["root_path"] = refusal, path.removesuffix(RECOMMEND)
+            await self(scope, receive, send)
+            return
+        try:
+            await app(scope, receive, send)
+        finally:
+            self._door.leave()
 
     def _check_token(self, path: str, headers: dict[bytes, bytes]) -> None:
         if self._token_digest is None or not _ASKED.match(path):

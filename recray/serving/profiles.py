@@ -57,6 +57,7 @@ def environment(profile: Profile, *, cores: int, here: bool) -> Iterator[dict[st
     made |= {
         "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
         MARK: "1",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "recray.serving.on_ray.early.middlewares",
         "RAY_SERVE_HAPROXY_NBTHREAD": str(max(1, min(4, cores // 4))),
         "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",  # of another replica: answers are pure
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",

@@ -136,9 +136,24 @@ def test_no_more_are_let_in_than_can_be_answered() -> None:
         with pytest.raises(ApiError, match="in time"):
             for _ in range(30):
                 world.door.enter([])
-        assert 19 <= world.door.inside <= 21
+        assert 4 <= world.door.inside <= 7, "a quarter of the deadline, 200 ms, less its reserve"
         world.door.leave()
         world.door.enter([])
+
+    in_a_loop(scene)
+
+
+def test_sending_away_does_not_make_an_answer_look_dear() -> None:
+    def scene(world: World) -> None:
+        for _ in range(200):  # 10 ms an answer, 3 ms a refusal, of which there are ten
+            world.door.enter([])
+            world.door.leave()
+            world.door.late_s = 9.0
+            for _ in range(10):
+                with pytest.raises(ApiError, match="in time"):
+                    world.door.enter([])
+            world.tick(work=0.040)
+        assert world.door.each_s == pytest.approx(0.010, rel=0.01)
 
     in_a_loop(scene)
 

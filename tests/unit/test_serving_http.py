@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 import httpx
@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from starlette.types import Receive, Scope, Send
 
 from recray.serving import auth, schema
+from recray.serving.admission import Door, Visit
 from recray.serving.http import Reply, build_asgi
 from recray.serving.schema import MAX_BODY, ApiError, RecommendRequest
 
@@ -248,3 +250,59 @@ def test_most_requests_go_the_short_way() -> None:
     assert schema._is_plain({})
     assert not schema._is_plain({"history": ["a", 7]})
     assert schema.parse_recommend({"user": "u"}).exclude is not schema.parse_recommend({}).exclude
+
+
+class Closed(Door):
+    """Lets nobody in."""
+
+    def enter(self, headers: Iterable[tuple[bytes, bytes]]) -> Visit:
+        raise ApiError(503, "overloaded", "not now", retry_after_s=7)
+
+
+def test_who_is_sent_away_is_answered_before_anything_around_the_application_is_asked() -> None:
+    gate, asked = build_asgi(Fake(), door=Closed()), []
+
+    async def around(scope: Scope, receive: Receive, send: Send) -> None:
+        asked.append(scope["path"])
+        await gate({**scope, "root_path": "/shop"}, receive, send)
+
+    async def outside(scope: Scope, receive: Receive, send: Send) -> None:
+        await gate.before(around, scope, receive, send)
+
+    async def scene() -> None:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(outside), base_url="http://test"
+        ) as client:
+            answer = await client.post("/shop/v1/recommend", json={"history": ["x"]})
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "7")
+            assert answer.json()["error"]["code"] == "overloaded"
+            assert asked == []
+            assert (await client.get("/shop/v1/recommend")).status_code == 405
+            assert (await client.get("/shop/healthz")).status_code == 200
+            assert len(asked) == 2
+
+    asyncio.run(scene())
+
+
+def test_who_came_in_before_is_counted_once() -> None:
+    door = Door()
+    gate, inside = build_asgi(Fake(), door=door), []
+
+    async def around(scope: Scope, receive: Receive, send: Send) -> None:
+        inside.append(door.inside)
+        await gate(scope, receive, send)
+        inside.append(door.inside)
+
+    async def outside(scope: Scope, receive: Receive, send: Send) -> None:
+        await gate.before(around, scope, receive, send)
+
+    async def scene() -> None:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(outside), base_url="http://test"
+        ) as client:
+            assert (await client.post("/v1/recommend", json={"history": ["x"]})).status_code == 200
+            assert (await client.post("/v1/recommend", content=b"{")).status_code == 400
+
+    asyncio.run(scene())
+    assert inside == [1, 1, 1, 1]
+    assert door.inside == 0

@@ -29,7 +29,7 @@ from recray.serving.http import build_asgi
 from recray.serving.ingress import Fused, Ingress, has_ranker
 from recray.serving.items import changes_of
 from recray.serving.metrics import Meter
-from recray.serving.on_ray import scaling
+from recray.serving.on_ray import early, scaling
 from recray.serving.on_ray.hops import split_between
 from recray.serving.on_ray.metrics import Teller
 from recray.serving.on_ray.pointer import KeptPointer, follow_all, own_name, tallies_of
@@ -204,7 +204,7 @@ class IngressReplica(Counted):
         return os.getpid()
 
     def __serve_build_asgi_app__(self) -> Any:
-        return build_asgi(
+        early.gate = build_asgi(
             self.router,
             token_digest=self.token_digest,
             users=self.users,
@@ -213,6 +213,7 @@ class IngressReplica(Counted):
             seen=self.seen,
             door=Door(self.args.deadline),
         )
+        return early.gate
 
 
 IngressDeployment = serve.deployment(name="Ingress")(serve.ingress()(IngressReplica))

@@ -14,7 +14,7 @@ import pytest
 from recray.data.dataset import Dataset
 from tests.ray.test_training import SMALL
 
-pytestmark = pytest.mark.ray_cluster
+pytestmark = [pytest.mark.ray_cluster, pytest.mark.timeout(900)]
 
 # A cluster of its own on loopback (see cluster/local/node.py), of one CPU a node. Workers are stopped while
 # the test waits for the cluster, so that it does not matter who is quicker.
@@ -43,7 +43,7 @@ def lines():
         return []
 
 def wait_for(what):
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while not any(map(what, lines())):
         assert time.monotonic() < until, lines()
         time.sleep(0.02)
@@ -92,7 +92,7 @@ def test_a_run_grows_and_shrinks_with_its_cluster(ring: Dataset, tmp_path: Path)
         env={**clean, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PYTHONPATH": root},
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=800,
     )
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith(("now", "warning: lost", "epoch"))]

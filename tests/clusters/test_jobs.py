@@ -19,6 +19,7 @@ from recray.models.saved import load_model
 
 pytestmark = [
     pytest.mark.ray_cluster,
+    pytest.mark.timeout(1200),
     pytest.mark.skipif(sys.platform != "linux", reason="several local raylets need Linux"),
 ]
 
@@ -33,7 +34,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     env |= {"RECRAY_CLUSTER": str(state), "PYTHON": sys.executable, "CPUS": "1"}
     try:
         up = subprocess.run(
-            [ROOT / "cluster/local/up.sh"], env=env, capture_output=True, text=True, timeout=200
+            [ROOT / "cluster/local/up.sh"], env=env, capture_output=True, text=True, timeout=400
         )
         assert up.returncode == 0, up.stderr
         lines = Path(up.stdout.strip()).read_text().splitlines()
@@ -55,7 +56,7 @@ def test_a_submitted_job_trains(cluster: dict[str, str], ring: Dataset, tmp_path
     out = tmp_path / "checkpoint"
     words = ["--recipe", "sasrec", "--workers", "2", "--set", "train.epochs=2", "--set", "options.dim=8"]
     job = [ROOT / "cluster/jobs/train.sh", ring.artefact.place.uri, *words, "--out", out]
-    done = subprocess.run(job, env=cluster, capture_output=True, text=True, timeout=280, cwd=tmp_path)
+    done = subprocess.run(job, env=cluster, capture_output=True, text=True, timeout=500, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     made = open_artefact(out, "checkpoint")
     assert len(made.manifest.report["history"]) == 2
@@ -63,7 +64,7 @@ def test_a_submitted_job_trains(cluster: dict[str, str], ring: Dataset, tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint"]
     # a bad run is a job that fails, with the line a person needs in its log
     bad = [ROOT / "cluster/jobs/train.sh", ring.artefact.place.uri, "--recipe", "sasrek", "--out", out]
-    done = subprocess.run(bad, env=cluster, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(bad, env=cluster, capture_output=True, text=True, timeout=400)
     assert done.returncode != 0
     assert "did you mean 'sasrec'" in done.stdout + done.stderr
 
@@ -79,7 +80,7 @@ def test_a_submitted_search_spreads_its_trials_over_the_nodes(
         "train.batch_size=1",
     ]  # so long that the first node is not done before the second is up
     job = [ROOT / "cluster/jobs/tune.sh", ring.artefact.place.uri, *words, "--out", out]
-    done = subprocess.run(job, env=cluster, capture_output=True, text=True, timeout=280, cwd=tmp_path)
+    done = subprocess.run(job, env=cluster, capture_output=True, text=True, timeout=500, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     made = open_artefact(out, "search")
     trials = [json.loads(path.read_text()) for path in (out / "trials").iterdir()]
@@ -90,7 +91,7 @@ def test_a_submitted_search_spreads_its_trials_over_the_nodes(
     assert load_model(open_artefact(out / "best", "checkpoint")).n_items == ring.n_items
     assert [p.name for p in tmp_path.iterdir()] == ["search"]
     # submitted again it has nothing left to try
-    done = subprocess.run(job, env=cluster, capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    done = subprocess.run(job, env=cluster, capture_output=True, text=True, timeout=400, cwd=tmp_path)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "6 trials were finished before and are kept" in done.stdout + done.stderr
     assert {path.name for path in (out / "trials").iterdir()} == {f"{trial['hash']}.json" for trial in trials}
