@@ -85,7 +85,7 @@ def test_a_large_batch_is_searched_in_parts_and_each_part_has_its_own_barred_row
     barred = Histories.of([list(range(b, 900, 11)) for b in range(11)])
     index = build_index("exact", vectors, {"threads": threads})
     whole = index.search_without(queries, 20, barred)
-    monkeypatch.setattr(exact, "CELLS", 3 * 900)
+    monkeypatch.setattr(exact, "CELLS_F32", 3 * 900)
     scores, rows = index.search_without(queries, 20, barred)
     assert np.array_equal(rows, whole[1])
     assert np.array_equal(scores, whole[0])
