@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
-# tests that share nothing run on all cores; those that share one cluster, or measure, run one by one
-APART := house unit contract sharded clusters
-TOGETHER := ray walk
+# tests run side by side, a cluster for each core that needs one; those that load a server or time it, one by one
+APART := house unit contract sharded clusters ray walk
+TOGETHER := serving
 export PYTHON
 
 .PHONY: help install demo test check bench soak clean
