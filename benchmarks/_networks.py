@@ -81,13 +81,17 @@ class Work:
     ranker: str = "dcn"
 
 
-FULL = Work("ml1m", ml1m, ("train.epochs=60", "train.patience=5"), ranker="dcn@ml1m")
-QUICK = Work("ml100k", ml100k, ("train.epochs=2", "options.max_len=50"), ("train.epochs=1",))
+LONG = ("train.epochs=60", "train.patience=5")
+WORKS = {
+    "ml100k": Work("ml100k", ml100k, LONG),
+    "ml1m": Work("ml1m", ml1m, LONG, ranker="dcn@ml1m"),
+}
+QUICK = Work("ml100k", ml100k, ("train.epochs=2",), ("train.epochs=1",))
 
 
-def network_rows(quick: bool, only: str = "") -> Iterator[Row]:
+def network_rows(quick: bool, which: str = "ml100k", only: str = "") -> Iterator[Row]:
     """The encoder's and the ranker's speed, and what the students keep; `only`: "encoder" or "ranker"."""
-    work = QUICK if quick else FULL
+    work = QUICK if quick else WORKS[which]
     if not there(work.name):
         return
     with contextlib.ExitStack() as stack:

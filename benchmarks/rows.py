@@ -28,6 +28,7 @@ THEMES = ("data", "quality", "training", "retrieval", "compression", "search", "
 LOWER_IS_BETTER = frozenset(
     ("seconds", "p50_ms", "p99_ms", "bytes", "rmse", "mse", "mae", "mape", "hypervolume_seconds")
 )
+VECTORS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")  # much of a speed hangs on them
 _PACKAGES = (
     "recray",
     "ray",
@@ -80,8 +81,13 @@ class Row:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, cores this process may use, memory, and GPU where torch sees one."""
-    made: dict[str, Any] = {"cpu": _cpu(), "cores": usable_cores(), "memory_gib": _memory_gib()}
+    """Processor and its instructions for vectors, usable cores, memory, and GPU where torch sees one."""
+    made: dict[str, Any] = {
+        "cpu": _told("model name") or platform.processor() or platform.machine(),
+        "vectors": [flag for flag in VECTORS if flag in _told("flags").split()],
+        "cores": usable_cores(),
+        "memory_gib": _memory_gib(),
+    }
     torch = sys.modules.get("torch")  # a theme that never imports it does not need it here either
     if torch is not None and torch.cuda.is_available():
         made["gpu"] = torch.cuda.get_device_name()
@@ -166,14 +172,15 @@ def _write(path: Path, made: list[dict[str, Any]]) -> None:
     os.replace(scratch, path)
 
 
-def _cpu() -> str:
+def _told(what: str) -> str:
+    """What the system says of the first processor; "" where it does not."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
+            if line.startswith(what):
                 return line.partition(":")[2].strip()
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    return ""
 
 
 def _memory_gib() -> float | None:
