@@ -83,7 +83,7 @@ class Work:
 
 LONG = ("train.epochs=60", "train.patience=5")
 WORKS = {
-    "ml100k": Work("ml100k", ml100k, LONG),
+    "ml100k": Work("ml100k", ml100k, LONG, ("train.epochs=3",)),  # of a ranker: minutes each
     "ml1m": Work("ml1m", ml1m, LONG, ranker="dcn@ml1m"),
 }
 QUICK = Work("ml100k", ml100k, ("train.epochs=2",), ("train.epochs=1",))
