@@ -3,12 +3,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
-# tests run side by side, a cluster for each core that needs one; those that load a server or time it, one by one
-APART := house unit contract sharded clusters ray walk
-TOGETHER := serving
+# what computes runs on all cores, beside it what mostly waits for a cluster; then, alone, what loads a server
+COMPUTING := house unit contract sharded
+WAITING := clusters ray walk
+LOADING := serving
+TESTS = $(BIN)/python -m pytest -m "not slow"
 export PYTHON
 
-.PHONY: help install demo test check bench soak clean
+.PHONY: help install demo test test-computing test-waiting check bench soak clean
 
 help:
 	@grep -E '^## ' $(MAKEFILE_LIST) | cut -c4-
@@ -34,8 +36,14 @@ demo: install
 
 ## test     every test but the soak
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile $(addprefix tests/,$(APART))
-	$(BIN)/python -m pytest -m "not slow" $(addprefix tests/,$(TOGETHER))
+	+$(MAKE) -j2 test-computing test-waiting
+	$(TESTS) $(addprefix tests/,$(LOADING))
+
+test-computing: install
+	OMP_NUM_THREADS=1 $(TESTS) -n auto --dist loadfile $(addprefix tests/,$(COMPUTING))
+
+test-waiting: install
+	$(TESTS) $(addprefix tests/,$(WAITING))
 
 ## check    lint, format, types, and which package may import which
 check: install

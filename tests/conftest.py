@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,10 @@ from hypothesis import settings
 
 from recray.data.dataset import Dataset
 from recray.data.prepare import prepare
+
+# background jobs of a shell ignore it, and their children would
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("recray", deadline=None, max_examples=50, derandomize=True, database=None)
 settings.load_profile("recray")
