@@ -3,14 +3,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
-# what computes runs on all cores, beside it what mostly waits for a cluster; then, alone, what loads a server
-COMPUTING := house unit contract sharded
-WAITING := clusters ray walk
-LOADING := serving
+# tests that share nothing run on all cores; those that share one cluster, or load a server, run one by one
+APART := house unit contract sharded clusters
+TOGETHER := ray walk serving
 TESTS = $(BIN)/python -m pytest -m "not slow"
 export PYTHON
 
-.PHONY: help install demo test test-computing test-waiting check bench soak clean
+.PHONY: help install demo test check bench soak clean
 
 help:
 	@grep -E '^## ' $(MAKEFILE_LIST) | cut -c4-
@@ -36,14 +35,8 @@ demo: install
 
 ## test     every test but the soak
 test: install
-	+$(MAKE) -j2 test-computing test-waiting
-	$(TESTS) $(addprefix tests/,$(LOADING))
-
-test-computing: install
-	OMP_NUM_THREADS=1 $(TESTS) -n auto --dist loadfile $(addprefix tests/,$(COMPUTING))
-
-test-waiting: install
-	$(TESTS) $(addprefix tests/,$(WAITING))
+	OMP_NUM_THREADS=1 $(TESTS) -n auto --dist loadfile $(addprefix tests/,$(APART))
+	$(TESTS) $(addprefix tests/,$(TOGETHER))
 
 ## check    lint, format, types, and which package may import which
 check: install

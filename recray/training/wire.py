@@ -292,7 +292,8 @@ class SharedWire(Wire):
             time.sleep(_NAP_S)
             if looks % _LOOKS == 0:
                 started = started or time.monotonic()
-                if not _alive(self._pids[rank]) or time.monotonic() - started > _LOST_S:
+                gone = not _alive(self._pids[rank]) or time.monotonic() - started > _LOST_S
+                if gone and control[0] < turn:  # it may have spoken and then gone, since the last look
                     raise RuntimeError(f"rank {rank} is gone")
 
 

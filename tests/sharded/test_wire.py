@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -59,8 +60,12 @@ def _killed(rank: int, folder: str) -> None:
     wire_module._SPINS, wire_module._LOOKS = 10, 64
     shared = make_wire(torch.device("cpu"))
     shared.gather(torch.zeros(1))
+    read = Path(folder, "read")
     if rank == 1:
+        while not read.exists():  # what a rank has said goes with it
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGKILL)
+    read.touch()
     with pytest.raises(RuntimeError, match="rank 1 is gone"):
         shared.gather(torch.zeros(1))
     Path(folder, "noticed").touch()
