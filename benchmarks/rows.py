@@ -82,9 +82,10 @@ class Row:
 
 def hardware() -> dict[str, Any]:
     """Processor and its instructions for vectors, usable cores, memory, and GPU where torch sees one."""
+    flags = _told("flags").split()
     made: dict[str, Any] = {
         "cpu": _told("model name") or platform.processor() or platform.machine(),
-        "vectors": [flag for flag in VECTORS if flag in _told("flags").split()],
+        "vectors": [flag for flag in VECTORS if flag in flags],
         "cores": usable_cores(),
         "memory_gib": _memory_gib(),
     }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pandas as pd
 import torch
@@ -99,3 +101,13 @@ def requests(bundle: Bundle) -> Iterator[dict[str, Any]]:
         yield {"user": user, "caps": {"price": 1, "category": 4}, "k": 12, "filter": {"price": {"max": 15}}}
         yield {"user": user, "diversity": 0.4, "k": 8}
         yield {"user": user, "diversity": 1, "caps": {"category": 3}, "pin": [items[100]], "k": 8}
+
+
+def recommended(url: str, asks: Sequence[dict[str, Any]], connections: int) -> list[httpx.Response]:
+    """What a server answers to them all, asked at once over so many connections."""
+
+    async def scene() -> list[httpx.Response]:
+        async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=connections)) as client:
+            return await asyncio.gather(*(client.post(f"{url}/v1/recommend", json=ask) for ask in asks))
+
+    return asyncio.run(scene())

