@@ -6,7 +6,7 @@ PEERS := .venv-peers
 # tests that share nothing run on all cores; those that share one cluster, or load a server, run one by one
 APART := house unit contract sharded clusters
 TOGETHER := ray walk serving
-TESTS = $(BIN)/python -m pytest -m "not slow"
+TESTS = $(BIN)/python -m pytest -m "not slow" --durations 25 --durations-min 5
 export PYTHON
 
 .PHONY: help install demo test check bench soak clean

@@ -1,7 +1,7 @@
-"""Load on a server: a closed loop by wrk (or by a client of ours where there is none), and an open loop.
+"""Load on a server: a closed loop by wrk (or by a client of ours where there is none).
 
-A closed loop has so many clients, each of which asks again when it has its answer. An open loop asks at
-a rate whatever comes back; its latencies count from the moment a request was due.
+A closed loop has so many clients, each of which asks again when it has its answer. For an open one, which
+asks at a rate whatever comes back, see `_serving_flood`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import subprocess
 import tempfile
 import time
 import urllib.parse
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,11 +71,6 @@ def closed(url: str, bodies: Sequence[bytes], clients: int, seconds: float) -> L
     return Load(good / told["us"] * 1e6, told["p50"] / 1e3, told["p99"] / 1e3, told["errors"])
 
 
-def open_loop(url: str, bodies: Sequence[bytes], rate: float, seconds: float, seed: int = 0) -> Load:
-    """Requests at random moments, `rate` a second on average, on as many connections as it takes."""
-    return asyncio.run(_open(url, bodies, rate, seconds, seed))
-
-
 class _Line:
     """One kept connection."""
 
@@ -124,36 +118,6 @@ async def _closed(url: str, bodies: Sequence[bytes], clients: int, seconds: floa
         line.close()
 
     await asyncio.gather(*map(client, range(clients)))
-    return _load(took, errors, time.perf_counter() - start)
-
-
-async def _open(url: str, bodies: Sequence[bytes], rate: float, seconds: float, seed: int) -> Load:
-    took: list[float] = []
-    errors = 0
-    free: deque[_Line] = deque()
-    every: list[_Line] = []
-    due = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, max(1, int(rate * seconds))))
-    start = time.perf_counter()
-
-    async def one(number: int, moment: float) -> None:
-        nonlocal errors
-        if free:
-            line = free.popleft()
-        else:
-            every.append(line := _Line(url))
-        good = await line.ask(bodies[number % len(bodies)])
-        took.append(time.perf_counter() - start - moment)
-        errors += not good
-        free.append(line)
-
-    tasks = []
-    for number, moment in enumerate(due.tolist()):
-        if (left := start + moment - time.perf_counter()) > 0:
-            await asyncio.sleep(left)
-        tasks.append(asyncio.create_task(one(number, moment)))
-    await asyncio.gather(*tasks)
-    for line in every:
-        line.close()
     return _load(took, errors, time.perf_counter() - start)
 
 

@@ -140,13 +140,14 @@ def main(
     command = shlex.join(["python", "-m", f"benchmarks.{theme}", *words])
     given = (asked.quick, *([asked.work] if works else []), *([asked.only] if choose else []))
     only = choose and asked.only and asked.json and asked.json.is_file()
-    made: list[dict[str, Any]] = json.loads(asked.json.read_text()) if only else []
+    kept: list[dict[str, Any]] = json.loads(asked.json.read_text()) if only else []
+    made: list[dict[str, Any]] = []
     for row in bench(*given):
-        made = [kept for kept in made if not only or _same(kept) != (row.name, row.work, row.metric)]
+        kept = [other for other in kept if _same(other) != (row.name, row.work, row.metric)]
         made.append(row.filled(theme, command))
         print(_line(made[-1]), file=sys.stderr, flush=True)
         if asked.json:
-            _write(asked.json, made)
+            _write(asked.json, kept + made)
     if not asked.json:
         print(json.dumps(made, indent=1))
     return 0

@@ -4,8 +4,7 @@
 machine. The works, by the ranker behind the retriever:
 
 neumf      fused and split by the profile fast, no-op behind the same ingress, naive graph at Ray's
-           defaults, bare uvicorn with the same batcher; closed loops, and open loops: each layout at 70 % of
-           its peak, the no-op at fused's rate, for the generator cannot keep up with 70 % of its own
+           defaults, bare uvicorn with the same batcher; closed loops, and open loops at 70 % of each peak
 dlrm       the same
 overload   fused and split with a deadline, asked for twice what they can answer
 inside     what one request costs in process, alone and 16 together, by stage
@@ -24,7 +23,8 @@ from pathlib import Path
 
 from benchmarks._process import Worker
 from benchmarks._serving_bundle import bodies, make_bundle
-from benchmarks._serving_load import Load, closed, generator, open_loop
+from benchmarks._serving_flood import flood
+from benchmarks._serving_load import Load, closed, generator
 from benchmarks.rows import Row, main, usable_cores
 from recray.bundles.bundle import Bundle
 from recray.progress import say
@@ -115,11 +115,12 @@ def measured(bundle: Bundle, scale: Scale) -> Seen:
                 ]  # fmt: skip
                 urls |= stack.enter_context(Worker([command])).ready["urls"]
             _closed(seen, urls, asked, scale)
-            for _ in range(1 if kinds == ("naive",) else 2):
+            for _ in range(3):
                 for server in ("noop", "fused", "split"):
                     if server in urls:
-                        rate = LOAD * min(seen.peak(server), seen.peak("fused"))
-                        load = open_loop(urls[server], asked, rate, scale.open_seconds)
+                        rate = LOAD * seen.peak(server)
+                        came = flood(urls[server], asked, rate, scale.open_seconds)
+                        load = Load(came.rps, came.ms(50), came.ms(99), came.asked - len(came.took))
                         seen.open.setdefault(server, []).append(load)
                         _tell(server, f"open at {rate:.0f}/s", load)
     return seen

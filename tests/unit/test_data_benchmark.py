@@ -39,6 +39,24 @@ def test_rows_are_complete_and_ratios_above_one_are_better(tmp_path: Path) -> No
         rows.main("date", bench, [])
 
 
+def test_a_part_that_runs_again_replaces_its_own_rows_alone(tmp_path: Path) -> None:
+    def bench(quick: bool, only: str) -> Iterator[rows.Row]:
+        """A bench."""
+        for name in ("a", "b"):
+            for peer in ("x", "y"):
+                if only in name:
+                    yield rows.Row(
+                        name=name, work="w", metric="s", value=len(only), unit="s", peer=peer, peer_value=1
+                    )
+
+    for words in ([], ["--only", "b"]):
+        assert rows.main("data", bench, ["--json", str(tmp_path / "rows.json"), *words], choose=True) == 0
+    made = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["name"], row["peer"], row["value"]) for row in made] == [
+        ("a", "x", 0), ("a", "y", 0), ("b", "x", 1), ("b", "y", 1),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_pandas_and_recray_make_the_same_of_the_log(tmp_path: Path, kind: str) -> None:
     theme.make_log(tmp_path, 3000)
