@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import logging
+import random
 import signal
 import socket
 import sys
@@ -18,24 +19,27 @@ from typing import Any
 
 from recray.errors import InputError, RecrayError
 
+# among which a free port is looked for: whoever is told of one listens there later, and any other could until
+# then be an outgoing connection's (on Linux 32768 and on) or of Ray's own (1xxxx, 30000 and on)
+FREE = range(20_000, 30_000)
 START_S = 120.0  # what the whole graph may take to be ready
 YOUNG = 10_000  # new objects that call for a collection of them; 700 are Python's default
 TURN_S = 1e-4  # after which a thread that waits for the interpreter gets it; 5e-3 is Python's default
 
 
 def check_free(host: str, port: int) -> int:
-    """The port, or a free one for 0. Raises InputError when somebody listens there."""
+    """The port, or a free one of `FREE` for 0. Raises InputError when somebody listens there."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host.strip("[]"), port))
-            return int(probe.getsockname()[1])
-        except (OSError, OverflowError) as error:
-            why = error.strerror if isinstance(error, OSError) else str(error)
-            raise InputError(
-                f"cannot listen there ({why})", where=f"{host}:{port}", fix="choose another --port"
-            ) from None
+    why = ""
+    for tried in [port] if port else [*random.SystemRandom().sample(FREE, 9), 0]:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host.strip("[]"), tried))
+                return int(probe.getsockname()[1])
+            except (OSError, OverflowError) as error:
+                why = str(error.strerror if isinstance(error, OSError) else error)
+    raise InputError(f"cannot listen there ({why})", where=f"{host}:{port}", fix="choose another --port")
 
 
 def root_url(host: str, port: int) -> str:

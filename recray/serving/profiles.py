@@ -13,7 +13,6 @@ import importlib.util
 import os
 import shlex
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -21,7 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
-from recray.errors import ConfigError
+from recray.errors import ConfigError, InputError
+from recray.serving import process
 
 Profile = Literal["lite", "fast"]
 MARK = "RAY_SERVE_ENABLE_HA_PROXY"  # what a controller of the profile `fast` has in its environment
@@ -127,12 +127,8 @@ def _ports() -> dict[str, str]:
     """Ports of the proxy's statistics and metrics: the usual ones, else any that are free."""
     made = {}
     for name, usual in (("STATS", 8404), ("METRICS", 9101)):
-        with contextlib.ExitStack() as stack:
-            for port in (usual, 0):
-                probe = stack.enter_context(socket.socket())
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                with contextlib.suppress(OSError):
-                    probe.bind(("", port))
-                    made[f"RAY_SERVE_HAPROXY_{name}_PORT"] = str(probe.getsockname()[1])
-                    break
+        for port in (usual, 0):
+            with contextlib.suppress(InputError):
+                made[f"RAY_SERVE_HAPROXY_{name}_PORT"] = str(process.check_free("", port))
+                break
     return made

@@ -11,6 +11,7 @@ from typing import cast
 
 import pytest
 
+from recray.errors import InputError
 from recray.serving import process
 
 
@@ -36,6 +37,21 @@ def test_threads_take_turns_sooner_than_python_has_it() -> None:
         assert sys.getswitchinterval() < before
     finally:
         sys.setswitchinterval(before)
+
+
+def test_a_free_port_is_none_that_a_connection_could_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    port = process.check_free("127.0.0.1", 0)
+    assert port in process.FREE
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        with pytest.raises(InputError, match="cannot listen there") as told:
+            process.check_free("127.0.0.1", port)
+        assert "--port" in str(told.value)
+        monkeypatch.setattr(process, "FREE", range(port, port + 9))
+        assert process.check_free("127.0.0.1", 0) in process.FREE[1:]
+    with pytest.raises(InputError):
+        process.check_free("127.0.0.1", 1 << 16)
 
 
 @pytest.mark.parametrize("library", ["asyncio", "uvloop"])
