@@ -67,7 +67,7 @@ RANKERS: dict[str, tuple[str, ...]] = {
     "half": ("options.hidden=128,64", "options.rank=32"),
     "quarter": ("options.hidden=64,32", "options.rank=16"),
 }
-# cut out of nothing, so it has the epochs of those that are, and their teacher's (`Work.twice`)
+# cut out of nothing, so it has the epochs of those that are, and their teacher's
 POOLED = ("options.history=pool", "options.hidden=64,32", "options.rank=16")
 
 
@@ -78,19 +78,17 @@ class Work:
     name: str
     prepare: Callable[[Path], Dataset]
     words: tuple[str, ...]
-    ranker_words: tuple[str, ...] = ()
-    twice: tuple[str, ...] = ()  # of the ranker's epochs, for one that starts from nothing
+    ranker_epochs: int = 0  # 0: the recipe's
     encoder: str = "sasrec"
     ranker: str = "dcn"
 
 
 LONG = ("train.epochs=60", "train.patience=5")
 WORKS = {
-    # epochs of a ranker are minutes each
-    "ml100k": Work("ml100k", ml100k, LONG, ("train.epochs=3",), ("train.epochs=6",)),
+    "ml100k": Work("ml100k", ml100k, LONG, 3),  # of a ranker: minutes each
     "ml1m": Work("ml1m", ml1m, LONG, ranker="dcn@ml1m"),
 }
-QUICK = Work("ml100k", ml100k, ("train.epochs=2",), ("train.epochs=1",), ("train.epochs=2",))
+QUICK = Work("ml100k", ml100k, ("train.epochs=2",), 1)
 
 
 def network_rows(quick: bool, which: str = "ml100k", only: str = "") -> Iterator[Row]:
@@ -142,14 +140,16 @@ def encoder_rows(work: Work, data: Dataset, teacher: Artefact, folder: Path, qui
 
 def ranker_rows(work: Work, data: Dataset, retriever: Artefact, folder: Path, quick: bool) -> Iterator[Row]:
     """The fastest form of the ranker, of those cut out of it, and of one that pools in place of attending."""
-    words = (*RANKER, *work.ranker_words)
+    epochs = work.ranker_epochs or recipe(work.ranker).train.epochs
+    words = (*RANKER, f"train.epochs={epochs}")
     first = trained(data, work.ranker, words, folder / "ranker", retriever)
     models: dict[str, Any] = {"teacher": load_model(first)}
     for name, shape in RANKERS.items():
         smaller = (*words, *shape, f"train.start={first.place.uri}", "train.lr=0.001")
         models[name] = load_model(trained(data, work.ranker, smaller, folder / f"ranker-{name}", retriever))
-    pooled = trained(data, work.ranker, (*words, *POOLED, *work.twice), folder / "ranker-pooled", retriever)
-    models["pooled"] = load_model(pooled)
+    if not quick:
+        longer = (*words, *POOLED, f"train.epochs={2 * epochs}")
+        models["pooled"] = load_model(trained(data, work.ranker, longer, folder / "ranker-pooled", retriever))
     proposed = model_top_k(load_model(retriever))  # type: ignore[arg-type]
 
     def judged(model: Any, cases: Cases) -> Report:
