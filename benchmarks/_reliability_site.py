@@ -20,6 +20,7 @@ import yaml
 
 from recray import connect
 from recray.bundles.bundle import Bundle
+from recray.serving.process import check_free
 
 ROOT = Path(__file__).parents[1]
 SPLIT = ("Ingress", "Retriever", "Ranker")
@@ -145,8 +146,7 @@ class Redis:
     """A Redis server that may be killed and started again on the same data."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self._port = int(probe.getsockname()[1])
+        self._port = check_free("127.0.0.1", 0)
         self.url, self._folder = f"redis://127.0.0.1:{self._port}/0", folder
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from recray.serving.process import check_free
+
 
 class RedisServer:
     """One server process; `url` stays the same over restarts."""
@@ -21,8 +23,7 @@ class RedisServer:
             pytest.skip("no redis-server on this machine")
         if importlib.util.find_spec("redis") is None:
             pytest.skip("the package redis is not installed")
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            self.port = int(probe.getsockname()[1])
+        self.port = check_free("127.0.0.1", 0)
         self.url, self._folder = f"redis://127.0.0.1:{self.port}/0", folder
         self._process: subprocess.Popen[bytes] | None = None
 

@@ -46,6 +46,7 @@ from recray.models.ials_solve import groups
 if TYPE_CHECKING:
     from recray.data.dataset import Dataset
 
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio (Knuth 1998, section 6.4)
 _PAIRS = 1 << 22  # pairs of a history's item and an anchor in memory at a time
 
 
@@ -206,6 +207,10 @@ class Pairs:
         self.users = np.repeat(np.arange(held.shape[0]), np.diff(held.indptr))
         self.items = held.indices.astype(np.int64)
         self.keys = self.users * n_items + self.items  # ascending
+        # most keys are none of the log's: one look into eight bytes a pair tells, where a search takes twenty
+        self._bits = max(8 * len(self.keys), 2).bit_length()
+        self._maybe = np.zeros(1 << self._bits, np.bool_)
+        self._maybe[self._places(self.keys)] = True
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -213,9 +218,15 @@ class Pairs:
     def taken(self, users: NDArray[np.int64], items: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether these are pairs of the log; users and items of one shape."""
         wanted = users * self.n_items + items
-        at = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
-        found: NDArray[np.bool_] = self.keys[at] == wanted
+        found = self._maybe[self._places(wanted)]
+        some = wanted[found]
+        at = np.minimum(np.searchsorted(self.keys, some), len(self.keys) - 1)
+        found[found] = self.keys[at] == some
         return found
+
+    def _places(self, keys: NDArray[np.int64]) -> NDArray[np.uint64]:
+        """Where keys lie among the 2^bits, by multiplicative hashing."""
+        return (keys.astype(np.uint64) * _GOLDEN) >> np.uint64(64 - self._bits)
 
 
 class Rows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from recray.manifest import Artefact
 from recray.models import MODELS, model_class
 from recray.recipes import RECIPES, recipe
 from recray.recommender import Ranked
+from recray.serving.process import check_free
 from recray.training.run import train
 from tests.serving_bundles import small_dataset
 
@@ -43,8 +43,7 @@ def running(ray_cluster: str) -> Iterator[None]:
     """Serve without an application: each test puts its own on it and takes it away."""
     from ray import serve
 
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    port = check_free("127.0.0.1", 0)
     quiet = {"enable_access_log": False, "log_level": "WARNING"}
     serve.start(
         proxy_location="HeadOnly",

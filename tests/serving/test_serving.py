@@ -48,8 +48,7 @@ def declared(ray_cluster: str, bundle: Bundle, tmp_path_factory: pytest.TempPath
     from recray.serving import process
 
     raw = yaml.safe_load((FILES / "graph.yaml").read_text())
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        raw["http_options"]["port"] = probe.getsockname()[1]
+    raw["http_options"]["port"] = process.check_free("127.0.0.1", 0)
     token_file = tmp_path_factory.mktemp("token") / "token"
     token_file.write_text(TOKEN + "\n")
     raw["applications"][0]["args"] |= {"bundle": plain(bundle), "token_file": str(token_file)}

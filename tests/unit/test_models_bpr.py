@@ -163,6 +163,14 @@ def test_what_was_taken_is_no_negative() -> None:
     assert np.isfinite(rows[1].values).all()
 
 
+@given(st.lists(st.sets(st.integers(0, 300)), min_size=1, max_size=8))
+def test_pairs_of_the_log_are_told_from_all_others(histories: list[set[int]]) -> None:
+    pairs = Pairs(Histories.of([sorted(history) for history in histories]), 301)
+    users, items = np.meshgrid(np.arange(len(histories)), np.arange(301), indexing="ij")
+    wanted = [[item in history for item in range(301)] for history in histories]
+    assert pairs.taken(users, items).tolist() == wanted
+
+
 def test_the_hardest_of_several_draws_is_weighed_as_often_as_it_is_drawn() -> None:
     model = model_of(draws=3)
     scores = torch.tensor([[0.3, -1.0, 2.0, 0.9, 0.0]])
