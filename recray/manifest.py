@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from recray.errors import ArtefactError, InputError
-from recray.storage import MANIFEST, Place, place, scratch, staged
+from recray.storage import MANIFEST, SIGNATURE, Place, place, scratch, staged
 
 FORMAT = 1
-SIGNATURE = "manifest.sig"  # beside the manifest, where a key was set when it was written
 KEY_ENV, KEY_BYTES = "RECRAY_SIGNING_KEY", 16
 KINDS = ("dataset", "checkpoint", "search", "bundle", "recommendations", "answers")
 
@@ -56,6 +55,10 @@ class Artefact:
 
     def as_parent(self) -> dict[str, str]:
         return {"uri": self.place.uri, "hash": self.hash}
+
+    def holds(self, name: str) -> bool:
+        """Whether the manifest lists that file, or one in that folder: what else lies there is not ours."""
+        return any(listed == name or listed.startswith(f"{name}/") for listed in self.manifest.files)
 
     def file(self, name: str) -> Place:
         """The place of a file that the manifest lists."""

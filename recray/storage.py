@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import glob
+import json
 import os
 import shutil
 import tempfile
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pyarrow import NativeFile
 
 MANIFEST = "manifest.json"
+SIGNATURE = "manifest.sig"  # beside the manifest, where a key was set when it was written
 FRESH_S = 2.0  # age at which a scratch folder has its lock, if it will ever have one
 _COPY = 8 << 20  # bytes a copy moves at a time
 
@@ -182,20 +184,37 @@ def _sweep(parent: Path, named: str) -> None:
 def check_writable(out: str | os.PathLike[str] | Place) -> None:
     """Refuse, before any work, an `out` that holds something which is not ours to replace."""
     target = place(out)
+    if not target.remote and target.local.is_file():
+        raise InputError("is a file, and the result is a folder", where=target, fix="choose another --out")
+    if other := _not_ours(target):
+        words = f"is a folder with other things in it, such as {other!r}"
+        raise InputError(words, where=target, fix="choose another --out")
     if target.remote:
-        if _others(target) and not (target / MANIFEST).exists():
-            raise InputError("is a folder with other things in it", where=target, fix="choose another --out")
         return
     path = target.local
-    if path.is_file():
-        raise InputError("is a file, and the result is a folder", where=path, fix="choose another --out")
-    if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
-        raise InputError("is a folder with other things in it", where=path, fix="choose another --out")
     parent = path.parent
     while not parent.exists():
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise InputError("cannot be written", where=path, fix="choose another --out")
+
+
+def _not_ours(target: Place) -> str:
+    """The name of a file in a folder that is no part of a result of ours; "" where there is nothing."""
+    if target.remote:
+        start = len(target.path.rstrip("/")) + 1
+        names = sorted(path[start:] for path in _others(target))
+    else:
+        files = (path for path in target.local.rglob("*") if path.is_symlink() or not path.is_dir())
+        names = sorted(path.relative_to(target.local).as_posix() for path in files)
+    if not names:
+        return ""
+    try:
+        raw = json.loads((target / MANIFEST).read_bytes())
+        ours = {*raw["files"], MANIFEST, SIGNATURE} if {"format", "kind", "checksum"} <= raw.keys() else set()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        ours = set()
+    return next((name for name in names if name not in ours), "")
 
 
 def _swap(scratch: Path, final: Path) -> None:

@@ -348,7 +348,7 @@ def item_table(retriever: Retriever) -> Table:
 def _read(artefact: Artefact, folder: Path, threads: int | None) -> Bundle:
     front = _front(artefact, folder)
     retriever = read_stage(folder / "retriever", threads=threads)
-    ranker = read_stage(folder / "ranker", threads=threads) if (folder / "ranker").is_dir() else None
+    ranker = read_stage(folder / "ranker", threads=threads) if artefact.holds("ranker") else None
     assert isinstance(retriever, Retriever)
     assert ranker is None or isinstance(ranker, Ranker)
     recommender = Recommender(
@@ -366,13 +366,13 @@ def _read(artefact: Artefact, folder: Path, threads: int | None) -> Bundle:
 
 def _front(artefact: Artefact, folder: Path) -> Front:
     items = Ids.load(folder / "ids" / "items.parquet")
-    features = pq.read_table(folder / "items.parquet") if (folder / "items.parquet").exists() else None
+    features = pq.read_table(folder / "items.parquet") if artefact.holds("items.parquet") else None
     return Front(
         artefact=artefact,
         plan=config.build(Plan, artefact.manifest.recipe["plan"], where="plan"),
         items=items,
         users=Ids.load(folder / "ids" / "users.parquet"),
-        histories=_histories(folder / "histories"),
+        histories=_histories(artefact, folder),
         item_features=features,
         context_values=json.loads((folder / "context.json").read_bytes()),
         filters=Filters(features, len(items)),
@@ -380,9 +380,9 @@ def _front(artefact: Artefact, folder: Path) -> Front:
     )
 
 
-def _histories(folder: Path) -> Histories:
-    """Mapped, not read: a request touches the pages of its user."""
-    paths = folder.glob("*.npy")  # as plain arrays, which are quicker to cut than memmaps
+def _histories(artefact: Artefact, folder: Path) -> Histories:
+    """Mapped, not read: a request touches the pages of its user. Plain arrays are cut quicker."""
+    paths = [folder / name for name in artefact.manifest.files if name.startswith("histories/")]
     arrays = {p.stem: np.asarray(np.load(p, mmap_mode="r", allow_pickle=False)) for p in paths}
     return Histories(arrays["items"], arrays["offsets"], arrays.get("weights"), arrays.get("times"))
 

@@ -16,7 +16,6 @@ import numpy as np
 from recray.bundles.answer import Why
 from recray.bundles.bundle import Front, Request
 from recray.errors import InputError
-from recray.manifest import Artefact
 from recray.serving import cache
 from recray.serving.cache import Answers, Caching, Spot
 from recray.serving.deadline import AWAY, DOUBT_ONE, OVERLOAD, TIME, Level, Needs, TooLate, decide, told
@@ -27,7 +26,7 @@ from recray.serving.layouts import Split as Split
 from recray.serving.popular import Popular
 from recray.serving.schema import ApiError, RecommendRequest
 
-__all__ = ["Fused", "Ingress", "Split", "answered", "has_ranker"]
+__all__ = ["Fused", "Ingress", "Split", "answered"]
 
 READY_S = 2.0  # what a stage may take to say that it is there
 NOBODY = np.empty(0, np.int32)
@@ -161,8 +160,3 @@ class Ingress:
 
 def _spot(ask: RecommendRequest, asked: Request) -> Spot:
     return cache.spot(ask.user if ask.history is None else None, asked)
-
-
-def has_ranker(artefact: Artefact) -> bool:
-    """Whether a bundle holds a ranker, by its manifest alone."""
-    return any(name.startswith("ranker/") for name in artefact.manifest.files)

@@ -346,6 +346,18 @@ def test_a_flipped_byte_anywhere_is_refused(tmp_path: Path, bundles: dict[str, B
         open_bundle(copy)
 
 
+def test_what_the_manifest_does_not_list_is_not_read(
+    tmp_path: Path, data: Dataset, checkpoints: dict[str, Artefact], bundle: Bundle
+) -> None:
+    alone = build(tmp_path / "alone", checkpoints["sasrec"], None, data, Plan())
+    want = alone.recommend(user="u3", k=5)
+    other = bundle.artefact.place.local
+    shutil.copytree(other / "ranker", tmp_path / "alone" / "ranker")
+    again = open_bundle(tmp_path / "alone")
+    assert again.recommender.ranker is None
+    assert again.recommend(user="u3", k=5).items == want.items
+
+
 def test_measuring_a_bundle_reads_each_byte_once(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     check = manifest.check_file

@@ -117,11 +117,12 @@ def _sealed(folder: Path, **changes: Any) -> None:
 
 
 def test_a_manifest_cannot_name_files_outside(tmp_path: Path) -> None:
-    for name in ("../b.bin", "/etc/hostname", "deep/../../x"):
-        _make(tmp_path / "a")
-        _sealed(tmp_path / "a", files={name: {"bytes": 1, "sha256": ""}})
+    for at, name in enumerate(("../b.bin", "/etc/hostname", "deep/../../x")):
+        folder = tmp_path / str(at)
+        _make(folder)
+        _sealed(folder, files={name: {"bytes": 1, "sha256": ""}})
         with pytest.raises(ArtefactError, match="outside the folder"):
-            open_artefact(tmp_path / "a")
+            open_artefact(folder)
 
 
 def test_another_format_is_told(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from recray.bundles.bundle import Bundle
 from recray.serving import stages
 from recray.serving.http import build_asgi
-from recray.serving.ingress import Fused, Ingress, Split, has_ranker
+from recray.serving.ingress import Fused, Ingress, Split
 from recray.serving.schema import ApiError, RecommendRequest
 from recray.serving.settings import Batch
 from tests.serving_bundles import requests, small_bundle
@@ -44,7 +44,7 @@ def split(bundle: Bundle, batch: Batch | None = None) -> Ingress:
         batch or Batch(),
         retrieve=hop(stages.retrieve),
         similar=hop(stages.similar),
-        rank=hop(stages.rank) if has_ranker(bundle.artefact) else None,
+        rank=hop(stages.rank) if bundle.artefact.holds("ranker") else None,
     )
     return Ingress(bundle, layout)
 

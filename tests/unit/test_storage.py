@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -21,8 +22,14 @@ def _tree(folder: Path) -> set[str]:
 
 def _artefact(folder: Path, **files: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in {MANIFEST: "{}", **files}.items():
+    for name, text in files.items():
         (folder / name).write_text(text)
+    (folder / MANIFEST).write_text(_manifest(*files))
+
+
+def _manifest(*files: str) -> str:
+    listed: dict[str, object] = {name: {} for name in files}
+    return json.dumps({"format": 1, "kind": "dataset", "checksum": "", "files": listed})
 
 
 def test_a_local_place_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,6 +198,37 @@ def test_an_object_store_keeps_nothing_of_the_old_artefact(bucket: str) -> None:
         check_writable(target)
 
 
+@pytest.mark.parametrize("where", ["local", "object store"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {MANIFEST: '{"name": "an extension", "manifest_version": 3}', "code.js": "1"},
+        {MANIFEST: "no json"},
+        {MANIFEST: "[]"},
+        {"notes.txt": "mine"},
+        {"own/other.txt": "mine"},
+    ],
+)
+def test_only_what_is_ours_is_replaced(tmp_path: Path, bucket: str, where: str, more: dict[str, str]) -> None:
+    out = tmp_path / "out"
+    _artefact(out, old="1")
+    for name, text in more.items():
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text(text)
+    before = _tree(out)
+    target = place(out)
+    if where == "object store":
+        target = place(bucket % tmp_path.name)
+        for path in sorted(p for p in out.rglob("*") if p.is_file()):
+            at = target / path.relative_to(out).as_posix()
+            at.fs.create_dir(at.path.rpartition("/")[0], recursive=True)
+            with at.fs.open_output_stream(at.path) as file:
+                file.write(path.read_bytes())
+    with pytest.raises(InputError, match="other things in it, such as"), staged(target) as scratch:
+        _artefact(scratch, new="2")
+    assert _tree(out) == before
+
+
 def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
     dead, other = tmp_path / ".out.abcdefgh.partial", tmp_path / ".more.abcdefgh.partial"
     for folder in (dead, other):
@@ -202,8 +240,8 @@ def test_what_a_killed_process_left_is_swept_and_what_a_living_one_writes_is_not
             assert not dead.exists()
             assert first.exists()
             assert other.exists()
-            (second / MANIFEST).write_text("{}")
-        (first / MANIFEST).write_text("{}")
+            (second / MANIFEST).write_text(_manifest())
+        (first / MANIFEST).write_text(_manifest())
 
 
 def test_the_next_scratch_folder_sweeps_those_of_killed_processes(

@@ -26,7 +26,7 @@ from recray.serving.admission import Door
 from recray.serving.canary import Tally
 from recray.serving.generations import Generation, State
 from recray.serving.http import build_asgi
-from recray.serving.ingress import Fused, Ingress, has_ranker
+from recray.serving.ingress import Fused, Ingress
 from recray.serving.items import changes_of
 from recray.serving.metrics import Meter
 from recray.serving.on_ray import early, scaling
@@ -261,7 +261,7 @@ def graph(args: Mapping[str, Any], deployments: Mapping[str, Mapping[str, Any]],
     if plan.layout == "fused":
         return ingress.bind(plain, origin, None, None)
     retriever = Retriever.options(**options["Retriever"]).bind(plain, origin)
-    ranker = Ranker.options(**options["Ranker"]).bind(plain, origin) if has_ranker(artefact) else None
+    ranker = Ranker.options(**options["Ranker"]).bind(plain, origin) if artefact.holds("ranker") else None
     return ingress.bind(plain, origin, retriever, ranker)
 
 

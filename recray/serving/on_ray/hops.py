@@ -9,7 +9,7 @@ from typing import Any
 from recray.bundles.bundle import Front
 from recray.errors import ArtefactError
 from recray.serving.cache import Caching
-from recray.serving.ingress import Ingress, Split, has_ranker
+from recray.serving.ingress import Ingress, Split
 from recray.serving.schema import ApiError
 from recray.serving.settings import Batch
 
@@ -44,9 +44,9 @@ def split_between(
 ) -> Ingress:
     """A generation whose models are in other replicas."""
     name = front.generation
-    if ranker is None and has_ranker(front.artefact):
+    if ranker is None and front.artefact.holds("ranker"):
         raise ArtefactError("has a ranker, and this application has no Ranker replicas", where=name)
-    ranks = ranker is not None and has_ranker(front.artefact)
+    ranks = ranker is not None and front.artefact.holds("ranker")
     hops = (retriever, ranker) if ranks else (retriever,)
     split = Split(
         front,
