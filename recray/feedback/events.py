@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 KEEP = 500  # newest events of a user that a store holds
+REMEMBER = 10  # times as many by which it knows an event that is sent again
 LATEST_S = 86_400.0  # how far ahead of our clock an event's time may be, as `prepare` has it
 
 

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import orjson
 
 from recray.errors import ConfigError
-from recray.feedback.events import KEEP, Event, Kept
+from recray.feedback.events import KEEP, REMEMBER, Event, Kept
 from recray.feedback.store import StoreError
 
 ANSWER_S = 0.25  # what Redis may take for one step of a conversation
@@ -58,6 +58,8 @@ class RedisStore:
                 "the state in Redis needs a package", fix='pip install "recray[redis]"'
             ) from None
         try:
+            if "@" in "".join(urlsplit(url)[2:]):
+                raise ValueError  # the host ended at a / of the password
             self._redis = redis.Redis.from_url(
                 url,
                 password=os.environ.get(PASSWORD) or None,
@@ -65,9 +67,11 @@ class RedisStore:
                 socket_connect_timeout=ANSWER_S,
                 retry=Retry(NoBackoff(), 1),  # a connection that a restart cut
             )
-        except ValueError as error:
+        except ValueError:  # its words, and what looks like the host, may be of the password
             raise ConfigError(
-                f"cannot be read ({error})", where=host_of(url), fix="write redis://HOST:PORT/0"
+                "the URL cannot be read",
+                where=url.partition("://")[0],
+                fix=f"write redis://HOST:PORT/0, a password's / ? # @ as %2F %3F %23 %40, or set ${PASSWORD}",
             ) from None
         self._errors = (redis.RedisError, OSError)
         self._host, self._keep = host_of(url), keep
@@ -77,7 +81,7 @@ class RedisStore:
         """See `Store`."""
         with self._told(), self._redis.pipeline(transaction=False) as ask:
             for user in users:
-                ask.zrange(_keys(user)[1], 0, -1, withscores=True)
+                ask.zrange(_keys(user)[1], -self._keep, -1, withscores=True)
             return [[_kept(member, score) for member, score in line] for line in ask.execute()]
 
     def append(self, events: Sequence[Event]) -> list[bool]:
@@ -88,7 +92,7 @@ class RedisStore:
         new = [False] * len(events)
         with self._told(), self._redis.pipeline(transaction=False) as ask:
             for user, places in by_user.items():
-                words: list[str | bytes | int] = [self._keep]
+                words: list[str | bytes | int] = [REMEMBER * self._keep]
                 for place in places:
                     event = events[place]
                     id_ = hashlib.sha256(event.id.encode()).hexdigest()[:32]

@@ -8,6 +8,7 @@ call, and it takes what it holds with it.) It is one machine's: several need Red
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 import threading
 import time
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from recray.errors import ConfigError, RecrayError
-from recray.feedback.events import KEEP, Event, Kept
+from recray.feedback.events import KEEP, REMEMBER, Event, Kept
 
 BUSY_S = 2.0  # what a write waits for another process's
 REDIS = ("redis://", "rediss://")
@@ -27,7 +28,7 @@ CREATE TABLE IF NOT EXISTS events (
   time REAL NOT NULL, weight REAL NOT NULL, UNIQUE (user, id));
 CREATE INDEX IF NOT EXISTS in_turn ON events (user, time, seq);
 """
-_READ = "SELECT item, time, weight FROM events WHERE user = ? ORDER BY time, seq"
+_READ = """SELECT item, time, weight FROM events WHERE user = ? ORDER BY time DESC, seq DESC LIMIT ?"""
 _WRITE = "INSERT OR IGNORE INTO events (user, id, item, time, weight) VALUES (?, ?, ?, ?, ?)"
 _TRIM = """DELETE FROM events WHERE seq IN (
   SELECT seq FROM events WHERE user = ? ORDER BY time DESC, seq DESC LIMIT -1 OFFSET ?)"""
@@ -40,6 +41,7 @@ class StoreError(RecrayError):
 class Store(Protocol):
     """The newest `keep` events of each user, by time and then by arrival. Safe from several threads.
 
+    Ten times as many are remembered, so that what is sent again long afterwards is known.
     Both methods block, and raise StoreError where the store cannot be reached.
     """
 
@@ -79,6 +81,8 @@ class SqliteStore:
         self._all: list[sqlite3.Connection] = []
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
+            self._path.chmod(0o600)  # SQLite gives what it writes beside it the same rights
             self._connection()
         except (OSError, sqlite3.Error) as error:
             self.close()
@@ -90,7 +94,7 @@ class SqliteStore:
         """See `Store`."""
         with _told():
             ask = self._connection().execute
-            return [[Kept(*line) for line in ask(_READ, (user,))] for user in users]
+            return [[Kept(*line) for line in ask(_READ, (user, self._keep))][::-1] for user in users]
 
     def append(self, events: Sequence[Event]) -> list[bool]:
         """See `Store`; here all or none."""
@@ -103,7 +107,7 @@ class SqliteStore:
                     for e in events
                 ]
                 for user in {event.user for event in events}:
-                    made.execute(_TRIM, (user, self._keep))
+                    made.execute(_TRIM, (user, REMEMBER * self._keep))
                 made.execute("COMMIT")
             except BaseException:
                 with contextlib.suppress(sqlite3.Error):

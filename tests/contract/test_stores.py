@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from recray.errors import ConfigError
-from recray.feedback.events import Event, Kept
+from recray.feedback.events import REMEMBER, Event, Kept
 from recray.feedback.store import SqliteStore, Store, StoreError, open_store
 from tests.redis_server import RedisServer
 
@@ -34,11 +34,13 @@ class Plain:
             if new[-1]:
                 mine.append((event.time, next(_numbers), event))
         for user in {event.user for event in events}:
-            self.of[user] = sorted(self.of[user])[-KEPT:]
+            self.of[user] = sorted(self.of[user])[-REMEMBER * KEPT :]
         return new
 
     def histories(self, users: Sequence[str]) -> list[list[Kept]]:
-        return [[Kept(e.item, e.time, e.weight) for _, _, e in self.of.get(user, [])] for user in users]
+        return [
+            [Kept(e.item, e.time, e.weight) for _, _, e in self.of.get(user, [])[-KEPT:]] for user in users
+        ]
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +121,27 @@ def test_only_the_newest_are_kept_by_time_then_by_arrival(store: Store, user: st
     assert [kept.item for kept in store.histories([user])[0]] == ["i0", "i3", "i4", "i2"]
     store.append([Event(user, "late", 2.0, "late")])
     assert [kept.item for kept in store.histories([user])[0]] == ["i0", "i3", "i4", "i2"]
+
+
+def test_what_is_sent_again_is_known_long_after_it_counts_no_more(store: Store, user: str) -> None:
+    sent = [Event(user, f"i{n}", 5.0, f"e{n}") for n in range(REMEMBER * KEPT)]
+    assert all(store.append(sent))
+    kept = store.histories([user])
+    assert len(kept[0]) == KEPT
+    assert not any(store.append([event._replace(time=9.0) for event in sent]))
+    assert store.histories([user]) == kept
+    store.append([Event(user, "newest", 6.0, "newest")])
+    assert store.append(sent[:1]) == [True], "not forever"
+    assert [one.item for one in store.histories([user])[0]] == ["i38", "i39", "i0", "newest"]
+
+
+def test_what_users_did_is_for_its_owner_alone(tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path)
+    store.append([Event("u", "i", 1.0, "e")])
+    found = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert "state.sqlite-wal" in found
+    assert set(found.values()) == {0o600}
+    store.close()
 
 
 def test_another_process_sees_it_at_once_and_it_stays(where: str, user: str) -> None:

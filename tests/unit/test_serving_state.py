@@ -322,3 +322,14 @@ def test_the_logs_lie_with_the_state_or_where_they_are_wanted(tmp_path: Path) ->
     assert users is not None
     assert users._events is None, "Redis has no folder"
     users.close()
+
+
+@pytest.mark.parametrize("around", ["{}", "user:{}", "us@er:{}", "{}@x"])
+@pytest.mark.parametrize("cut", ["S3/CRET", "12/S3CRET", "S3?CRET", "12?CRET", "S3#CRET", "[S3", "S3\u2100"])
+def test_a_redis_url_that_cannot_be_read_is_not_told(cut: str, around: str) -> None:
+    pytest.importorskip("redis")
+    with pytest.raises(ConfigError, match="the URL cannot be read") as raised:
+        open_state(f"redis://{around.format(':' + cut)}@host.example:6379/0")
+    told = str(raised.value)
+    assert told.startswith("redis: ")
+    assert not any(part in told for part in ("S3", "CRET", "12", "user", "example", "6379"))
