@@ -52,7 +52,7 @@ def prepare(
 
     Args:
         logs: CSV, TSV, Parquet or JSON lines, plain or compressed; paths or URIs.
-        items, users, links: tables of item features, user features, and links between ids.
+        items, users, links: tables of item features, user features, and links between users.
         columns: role -> header, or position in a file without a header.
         context: columns that are carried along with each interaction.
         event_weights: weight of each kind of event.

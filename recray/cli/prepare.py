@@ -16,7 +16,7 @@ def options(parser: ArgumentParser) -> None:
     parser.add_argument("log", nargs="+", metavar="LOG", help="CSV, TSV, Parquet, JSON lines (.gz .xz .zst)")
     parser.add_argument("--items", metavar="FILE", help="item features, one row an item")
     parser.add_argument("--users", metavar="FILE", help="user features, one row a user")
-    parser.add_argument("--links", metavar="FILE", help="links between users, or between items")
+    parser.add_argument("--links", metavar="FILE", help="links between users, one a row")
     parser.add_argument(
         "--columns",
         type=pairs,

@@ -31,21 +31,23 @@ from recray.errors import InputError
 from recray.manifest import write_artefact
 from recray.progress import say
 
-UNTIL = "feedback_until"  # of the report: the time of the newest row that was added
+ADDED = "added.parquet"  # of a dataset without times: the rows that were added to it, with the times they had
 
 
 def extend(parent: Dataset, logs: Any, *, out: Any) -> Dataset:
     """Leave `parent` with the interactions of `logs`, which have times, at `out`.
 
     A row that the parent holds already (user, item and second) is not added; where the parent has no
-    times, rows up to the newest that was added before are not. Context that the logs do not have is
+    times, one that was added before is not. Context that the logs do not have is
     unknown, and so are features of new users and items. Raises InputError as `prepare`, and where nothing
     is new.
     """
     recipe, known = parent.artefact.manifest.recipe, parent.report
     words, more, tally, inputs = _read(parent, logs, recipe)
     old, codes = _old(parent)
-    log, fresh = _both(old, more, int(known.get(UNTIL, -1)))
+    timed = _timed(parent, old)
+    new = _new(timed, more)
+    log, fresh = _both(old, more.take(new)), int(np.count_nonzero(new))
     if fresh == 0:
         raise InputError("hold nothing that the dataset does not know", where="the new logs")
     given = recipe.get("split") == "given"
@@ -61,6 +63,8 @@ def extend(parent: Dataset, logs: Any, *, out: Any) -> Dataset:
             made = parts_of(pool, log, codes if given else None, plan, len(words.users))
             in_parts = fill_parts(folder, made)
         _features(folder, parent, len(words.users), len(words.items))
+        if not old.has_times:
+            _write_added(folder, timed, more.take(new))
         return {
             **{key: known[key] for key in ("items_file", "users_file", "links") if key in known},
             "rows_read": known["rows_read"] + tally.rows,
@@ -74,7 +78,6 @@ def extend(parent: Dataset, logs: Any, *, out: Any) -> Dataset:
             "has_times": log.has_times,
             "events": list(log.event_names),
             "added": fresh,
-            UNTIL: max(int(more.times.max()), int(known.get(UNTIL, -1))),
             **in_parts,
         }
 
@@ -121,28 +124,52 @@ def _old(parent: Dataset) -> tuple[Interactions, NDArray[np.int8]]:
     return together(logs), np.repeat(np.arange(3, dtype=np.int8), sizes)
 
 
-def _both(old: Interactions, more: Interactions, until: int) -> tuple[Interactions, int]:
-    """(the old interactions and then those that are new; how many they are)."""
+_Timed = tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int32]]  # users, times, items, a row each
+
+
+def _timed(parent: Dataset, old: Interactions) -> _Timed:
+    """All that the parent holds and whose time is known."""
     if old.has_times:
-        order = parts.order_by(
-            np.concatenate([old.user_rows, more.user_rows]), np.concatenate([old.times, more.times])
-        )
-        both = [np.concatenate([getattr(log, name) for log in (old, more)])[order]
-                for name in ("user_rows", "times", "item_rows")]  # fmt: skip
-        again = order[parts.duplicates(both[0], both[1], both[2])] - len(old)
-        new = np.ones(len(more), bool)
-        new[again[again >= 0]] = False
-    else:
-        new = more.times > until
+        return old.user_rows, old.times, old.item_rows
+    if ADDED not in parent.artefact.manifest.files:
+        return np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.int32)
+    table = pq.read_table(pa.BufferReader(parent.artefact.file(ADDED).read_bytes()))
+    users, times, items = (table[name].to_numpy() for name in (col.USER, col.TIME, col.ITEM))
+    return users, times, items
+
+
+def _write_added(folder: Path, timed: _Timed, more: Interactions) -> None:
+    """Keep what was added, by the rows that ids keep, so that it is known the next time."""
+    pairs = zip((col.USER, col.TIME, col.ITEM), timed, (more.user_rows, more.times, more.item_rows))
+    table = pa.table({name: np.concatenate([before, now]) for name, before, now in pairs})
+    pq.write_table(table, folder / ADDED, compression="zstd")
+
+
+def _new(timed: _Timed, more: Interactions) -> NDArray[np.bool_]:
+    """Which rows of `more` are neither known nor said twice."""
+    users = np.concatenate([timed[0], more.user_rows])
+    times = np.concatenate([timed[1], more.times])
+    items = np.concatenate([timed[2], more.item_rows])
+    order = parts.order_by(users, times)
+    again = order[parts.duplicates(users[order], times[order], items[order])] - len(timed[0])
+    new = np.ones(len(more), bool)
+    new[again[again >= 0]] = False
+    return new
+
+
+def _both(old: Interactions, more: Interactions) -> Interactions:
+    """The old interactions and then the new ones."""
     context = {name: np.zeros(len(more), np.int32) for name in old.context}
     events = None if old.events is None else more.events
-    more = replace(more, context=context, events=events, has_times=old.has_times)
     weights = more.weights if len(more.weights) else np.ones(len(more), np.float32)
     times = more.times if old.has_times else np.zeros(len(more), np.int64)
-    log = together([old, replace(more, weights=weights, times=times).take(new)])
+    more = replace(
+        more, context=context, events=events, has_times=old.has_times, weights=weights, times=times
+    )
+    log = together([old, more])
     if (log.weights == 1).all():
         log = replace(log, weights=np.empty(0, np.float32))
-    return log, int(np.count_nonzero(new))
+    return log
 
 
 def _features(folder: Path, parent: Dataset, n_users: int, n_items: int) -> None:

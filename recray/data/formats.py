@@ -13,7 +13,16 @@ from typing import Any, Literal
 
 from recray import columns as col
 from recray.data.files import compression_of, first_bytes, head, suffix_of
-from recray.data.headers import CONTEXT, Unit, any_usual, has_fractions, is_number, resolve, time_unit
+from recray.data.headers import (
+    CONTEXT,
+    Unit,
+    any_usual,
+    has_fractions,
+    is_number,
+    resolve,
+    time_unit,
+    usual_column,
+)
 from recray.errors import InputError
 from recray.storage import Place
 
@@ -171,7 +180,8 @@ def layout(where: Place, lines: list[str]) -> tuple[str, bool, tuple[str, ...], 
         raise InputError("has one column only", where=where, fix="separate the columns by commas or tabs")
     quoted = separator in (",", ";")
     first = [name.strip() for name in split_fields(lines[0], separator, quoted)]
-    header = not any(is_number(name) for name in first)
+    numbers = any(is_number(name) for name in first)  # a context column may have one for its name
+    header = not numbers or all(usual_column(role, first) for role in (col.USER, col.ITEM))
     return separator, quoted, tuple(first) if header else tuple(str(i) for i in range(len(first))), header
 
 

@@ -3,12 +3,14 @@ grows, so what was trained on the old rows fits the new ones."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -104,6 +106,10 @@ class Ids:
         path.parent.mkdir(parents=True, exist_ok=True)
         table = pa.table({"id": self.values.cast(pa.string())})
         pq.write_table(table, path, compression="zstd", use_dictionary=False, write_statistics=False)
+
+    def digest(self) -> str:
+        """A hash of these ids in this order, alike however they are stored."""
+        return hashlib.sha256(orjson.dumps(self.values.to_pylist())).hexdigest()
 
     @staticmethod
     def load(where: str | Path | Place) -> Ids:

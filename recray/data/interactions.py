@@ -22,6 +22,7 @@ from recray.data.values import at_words, codes_of, text_of, times_of, weights_of
 
 LONGEST_ID = 1024  # characters
 _DAY = 86_400
+_MOST = float(np.finfo(np.float32).max)  # weights are stored as float32
 
 
 @dataclass(frozen=True)
@@ -149,11 +150,14 @@ def check(raw: readers.Raw, span: spans.Span, rules: Rules) -> Block:
     if rules.event_weights and col.EVENT in coded:
         factors = [rules.event_weights.get(w, 1.0) for w in coded[col.EVENT].dictionary.to_pylist()]
         factor = np.array([*factors, 1.0])[codes_of(coded[col.EVENT])]
-        weights = factor if weights is None else weights * factor
+        with np.errstate(over="ignore"):  # what gets infinite is dropped below
+            weights = factor if weights is None else weights * factor
     if weights is not None:
+        role = col.WEIGHT if col.WEIGHT in source.columns else col.EVENT  # where they come from
         low = weights <= 0 if rules.min_weight is None else weights < rules.min_weight
         limit = "not above zero" if rules.min_weight is None else f"below {rules.min_weight:g}"
-        drop(low, f"weight {limit} (cancelled)", col.WEIGHT)
+        drop(low, f"weight {limit} (cancelled)", role)
+        drop(np.abs(weights) > _MOST, f"weight too large (above {_MOST:.2g})", role)
     times = None
     if col.TIME in source.columns:
         times = times_of(raw.table.column(col.TIME), source, drop)

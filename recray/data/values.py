@@ -152,9 +152,10 @@ def _floor(ticks: NDArray[np.int64], per: int) -> NDArray[np.int64]:
 
 def _iso_times(column: Any, drop: Mark) -> NDArray[np.int64]:
     words = pc.utf8_trim_whitespace(text_of(column)[0].cast(pa.string()))
+    words = pc.replace_substring(words, ",", ".")  # of a second
     drop(pc.fill_null(pc.equal(words, ""), True).to_numpy(zero_copy_only=False), "missing time", col.TIME)
     looks = pc.fill_null(pc.match_substring_regex(words, _ISO), False)
-    zoned = pc.fill_null(pc.match_substring_regex(words, r"(Z|:\d{2}[-+]\d{2}:?(\d{2})?)$"), False)
+    zoned = pc.fill_null(pc.match_substring_regex(words, r"(Z|:\d{2}(\.\d+)?[-+]\d{2}:?(\d{2})?)$"), False)
     seconds = np.zeros(len(words), np.int64)
     bad = ~looks.to_numpy(zero_copy_only=False)
     for with_zone, kind in ((False, pa.timestamp("ns")), (True, pa.timestamp("ns", tz="UTC"))):

@@ -6,12 +6,14 @@ is joined with it: which generation answered, and at which place (from 1) the it
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -31,6 +33,13 @@ _KINDS = pa.schema(
         ("place", pa.int32()),
     ]
 )
+_Kinds = Mapping[str, type | tuple[type, ...]]  # of what a line holds, as the state writes it
+_NUMBER, _WORDS = (int, float), (str, type(None))
+_EVENT: _Kinds = {
+    **{"user": str, "item": str, "event_id": str, "time": _NUMBER, "weight": _NUMBER},
+    **{"event": _WORDS, "request_id": _WORDS},
+}
+_IMPRESSION: _Kinds = {"request_id": str, "user": _WORDS, "generation": str, "items": list}
 
 
 class Joined(NamedTuple):
@@ -42,14 +51,14 @@ class Joined(NamedTuple):
 
 
 def join(folder: str | os.PathLike[str]) -> Joined:
-    """Join what lies in a folder of feedback. Raises InputError where no events are.
+    """Join what lies in a folder of feedback. Raises InputError where no events are, or for a line of others.
 
     The report counts events, repeated ones, impressions, and of each generation: answers, items shown,
     answers with an event of weight above zero, and such events by kind.
     """
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     lines = 0
-    for line in read(folder, EVENTS):
+    for line in _lines(folder, EVENTS, _EVENT):
         lines += 1
         rows.setdefault((line["user"], line["event_id"]), line)
     if not rows:
@@ -57,7 +66,7 @@ def join(folder: str | os.PathLike[str]) -> Joined:
     named = {line["request_id"] for line in rows.values() if "request_id" in line}
     shown: dict[str, dict[str, Any]] = {}
     by_generation: dict[str, Counter[str]] = {}
-    for line in read(folder, IMPRESSIONS):
+    for line in _lines(folder, IMPRESSIONS, _IMPRESSION):
         counts = by_generation.setdefault(line["generation"], Counter(answers=0, shown=0, answered=0))
         counts.update(answers=1, shown=len(line["items"]))
         if line["request_id"] in named:
@@ -84,6 +93,30 @@ def join(folder: str | os.PathLike[str]) -> Joined:
         "generations": {name: dict(counts) for name, counts in by_generation.items()},
     }
     return Joined(pa.Table.from_pylist(made, schema=_KINDS), report)
+
+
+def _lines(folder: str | os.PathLike[str], name: str, kinds: _Kinds) -> Iterator[dict[str, Any]]:
+    """The lines of a log. Raises InputError for one that the state did not write."""
+    for line in read(folder, name):
+        for field, kind in kinds.items():
+            value: Any = line.get(field)
+            if not isinstance(value, kind) or (isinstance(value, _NUMBER) and not abs(value) < 2**63):
+                raise InputError(
+                    f"is no line of {name}: its {field} is {value!r:.80}",
+                    where=_place(Path(folder), name, line),
+                    fix="give the folder of `recray serve --feedback`",
+                )
+        yield line
+
+
+def _place(folder: Path, name: str, wanted: dict[str, Any]) -> str:
+    """File and number of a line, looked for only now that it is to be told."""
+    for path in (*folder.glob(f"{name}-*.jsonl"), *folder.glob(f".{name}-*.open")):
+        with contextlib.suppress(OSError, ValueError):  # renamed meanwhile, or half a line
+            for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+                if orjson.loads(line) == wanted:
+                    return f"{path}:{number}"
+    return str(folder)
 
 
 def write(folder: str | os.PathLike[str], out: Path) -> Mapping[str, Any]:

@@ -41,6 +41,7 @@ def dropped(data: Dataset) -> dict[str, tuple[int, int]]:
         ("u1,i1,nan,5", "weight is NaN or infinite"),
         ("u1,i1,-inf,5", "weight is NaN or infinite"),
         ("u1,i1,1e999,5", "weight is NaN or infinite"),
+        ("u1,i1,1e39,5", "weight too large (above 3.4e+38)"),
         ("u1,i1,-2,5", "weight not above zero (cancelled)"),
         ("u1,i1,0,5", "weight not above zero (cancelled)"),
         ("u1,i1,1,", "missing time"),
@@ -93,6 +94,16 @@ def test_what_looks_like_nothing_is_an_id(tmp_path: Path) -> None:
 def test_the_least_weight_can_be_set(tmp_path: Path) -> None:
     data = prepared(tmp_path, HEADER + "a,x,3,1\na,y,2.9,2\nb,x,5,1\n", min_weight=3)
     assert dropped(data) == {"weight below 3 (cancelled)": (1, 3)}
+
+
+def test_rows_dropped_by_their_event_are_shown_by_it(tmp_path: Path) -> None:
+    text = "user,item,event\nu1,a,view\nu1,b,undo\nu1,c,flood\n"
+    weights = {"view": 1.0, "undo": 0.0, "flood": 1e39}
+    data = prepared(tmp_path, text, split="none", event_weights=weights)
+    assert [(found["line"], found["example"]) for found in data.report["dropped"].values()] == [
+        (3, "event 'undo'"),
+        (4, "event 'flood'"),
+    ]
 
 
 def test_duplicates_are_counted_and_dropped_when_asked(tmp_path: Path) -> None:

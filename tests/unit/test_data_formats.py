@@ -58,7 +58,10 @@ FILES = {
     "fractions.csv": text(",").replace(b"0\n", b"0.25\n"),
     "iso.csv": text(",")
     .replace(b"1500000000", b"2017-07-14T02:40:00Z").replace(b"1600000000", b"2020-09-13 12:26:40.5")
-    .replace(b"1500000050", b"2017-07-14T04:40:50+02:00").replace(b"1500000100", b"2017-07-14 02:41:40"),
+    .replace(b"1500000050", b"2017-07-14T04:40:50.75+02:00").replace(b"1500000100", b"2017-07-14 02:41:40"),
+    "zones.csv": text(";")
+    .replace(b"1500000000", b"2017-07-14T02:40:00.125-00:00").replace(b"1600000000", b"2020-09-13 12:26:40,5")
+    .replace(b"1500000050", b"2017-07-14T04:40:50,75+02").replace(b"1500000100", b"2017-07-14T02:41:40.0Z"),
     "empty lines.csv": b"\n\n" + text(",").replace(b"\n", b"\n\n"),
     "quoted.csv": text(",").replace(b"x y", b'"x y"'),
     "log.jsonl":
@@ -123,6 +126,13 @@ def test_a_folder_and_several_files_are_one_log(tmp_path: Path) -> None:
     assert content(prepare(tmp_path / "logs", out=tmp_path / "o1", split="none")) == WANT
     both = [folder / "a.csv.gz", folder / "b.csv"]
     assert content(prepare(both, out=tmp_path / "o2", split="none")) == WANT
+
+
+def test_a_header_may_hold_a_number(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("user,item,2024\nann,007,1\nbob,8,2\n")
+    data = prepare(tmp_path / "log.csv", context=["2024"], out=tmp_path / "out", split="none")
+    assert data.users.ids_of(range(2)) == ["ann", "bob"]
+    assert data.context_values == {"2024": ["", "1", "2"]}
 
 
 def test_columns_by_name_and_position(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 import recray
 from recray.bundles.plan import Plan
@@ -95,6 +99,45 @@ def test_a_folder_without_events_is_refused(tmp_path: Path) -> None:
         join(log(tmp_path, []))
 
 
+def test_a_line_of_others_is_named(tmp_path: Path) -> None:
+    log(tmp_path, [event("u1", "a", NOW)])
+    file = tmp_path / "events-2.jsonl"
+    file.write_text(f'{json.dumps(event("u2", "b", NOW))}\n{{"userId": 7}}\n')
+    with pytest.raises(InputError, match="is no line of events: its user is None") as raised:
+        join(tmp_path)
+    assert raised.value.where == f"{file}:2"
+    assert "\n" not in str(raised.value)
+    file.unlink()
+    open_now = tmp_path / ".impressions-2-x.open"
+    open_now.write_text(f'{json.dumps(shown("r1", "u1", "a") | {"items": "a"})}\n{{"half')
+    with pytest.raises(InputError, match="is no line of impressions: its items is 'a'") as raised:
+        join(tmp_path)
+    assert raised.value.where == f"{open_now}:1"
+
+
+NUMBERS = st.integers(-(2**63), 2**64 - 1) | st.floats(allow_nan=False, allow_infinity=False)
+JSON: st.SearchStrategy[Any] = st.sampled_from([None, True, [], {}, "u"]) | NUMBERS | st.text()
+
+
+@given(
+    st.fixed_dictionaries({}, optional=dict.fromkeys(event("u", "i", NOW, event="e", request_id="r"), JSON)),
+    st.fixed_dictionaries({}, optional=dict.fromkeys(shown("r", "u"), JSON)),
+    st.booleans(),
+)
+def test_any_line_is_joined_or_refused(one: dict[str, Any], other: dict[str, Any], whole: bool) -> None:
+    if whole:  # but for what was drawn
+        one, other = event("u", "i", NOW, request_id="r") | one, shown("r", "u", "i") | other
+    with tempfile.TemporaryDirectory() as folder:
+        log(Path(folder), [event("u1", "a", NOW), one], [other])
+        try:
+            assert join(folder).interactions.num_rows == 2
+        except InputError as refused:
+            told = str(refused)
+        else:
+            told = ""
+        assert told == "" or ".jsonl:" in told
+
+
 def dataset(folder: Path, *, times: bool = True, **options: Any) -> Dataset:
     """12 users who walk a ring of 10 items."""
     frame = pd.DataFrame(
@@ -166,15 +209,21 @@ def test_a_dataset_grows_and_its_rows_stay(tmp_path: Path, split: str) -> None:
         extend(more, newer(tmp_path, EVENTS_OF), out=tmp_path / "twice")
 
 
-def test_a_dataset_without_times_adds_only_what_came_later(tmp_path: Path) -> None:
+def test_a_dataset_without_times_adds_what_was_not_added_before(tmp_path: Path) -> None:
     old = dataset(tmp_path, times=False)
-    first = extend(old, newer(tmp_path / "1", EVENTS_OF[:2]), out=tmp_path / "first")
-    assert first.report["added"] == 2
-    second = extend(first, newer(tmp_path / "2", EVENTS_OF), out=tmp_path / "second")
-    assert second.report["added"] == 1
+    day = 86_400
+    first = extend(
+        old, newer(tmp_path / "1", [*EVENTS_OF[:2], event("u5", "i3", NOW + day)]), out=tmp_path / "first"
+    )
+    assert first.report["added"] == 3
+    late = [event("u6", "i4", NOW + 60), event("u7", "i4", NOW - day)]  # one clock was a day ahead
+    second = extend(first, newer(tmp_path / "2", [*EVENTS_OF, *late]), out=tmp_path / "second")
+    assert second.report["added"] == 4
     row = int(second.users.rows_of(["u1"])[0])
     history = second.items.ids_of(second.histories("test")[row])
     assert history == ["i9"], "what is new comes last"
+    with pytest.raises(InputError, match="nothing that the dataset does not know"):
+        extend(second, newer(tmp_path / "3", [*EVENTS_OF, *late]), out=tmp_path / "third")
 
 
 def test_given_splits_stay_as_they_were(tmp_path: Path) -> None:
