@@ -85,7 +85,8 @@ def check_token(
         words = f"no admin token is set; set {auth.ADMIN_ENV} where the server starts"
         raise ApiError(403, "no_admin_token", words, "header.authorization")
     host = headers.get(b"host", b"").decode("latin-1")
-    if not auth.is_loopback(host.rpartition(":")[0] or host):
+    named = host if host.endswith("]") else host.rpartition(":")[0] or host  # without a port
+    if not auth.is_loopback(named):
         raise ApiError(403, "no_admin_token", "without an admin token only loopback may", "header.host")
     kind = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
     if method == "POST" and kind != "application/json":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import urllib.error
@@ -140,7 +141,7 @@ def _asked(
 
 def _answer(url: str, path: str, body: dict[str, Any] | None, found: str | None, fix: str) -> dict[str, Any]:
     """The answer to a POST, or without a body to a GET; fix: where the token is wrong."""
-    if not url.startswith(("http://", "https://")):
+    if not _is_address(url):
         raise InputError("is not a server's address", where=url, fix=f"write it as {URL}")
     headers = {"content-type": "application/json"}
     if found is not None:
@@ -148,14 +149,14 @@ def _answer(url: str, path: str, body: dict[str, Any] | None, found: str | None,
     asked = urllib.request.Request(
         f"{url.rstrip('/')}/{path}", None if body is None else json.dumps(body).encode(), headers
     )
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the token goes to nobody else
     try:
-        with opener.open(asked, timeout=WAIT_S) as answer:
+        with _opener().open(asked, timeout=WAIT_S) as answer:
             told: dict[str, Any] = json.loads(answer.read())
             return told
     except urllib.error.HTTPError as error:
-        raise _error(error, url, fix) from None
-    except (OSError, ValueError) as error:
+        with error:
+            raise _error(error, url, fix) from None
+    except (OSError, ValueError, http.client.HTTPException) as error:
         why = getattr(error, "reason", error)
         raise InputError(
             f"no server of ours answers ({why})",
@@ -164,7 +165,30 @@ def _answer(url: str, path: str, body: dict[str, Any] | None, found: str | None,
         ) from None
 
 
+def _is_address(url: str) -> bool:
+    try:
+        parts = urllib.parse.urlsplit(url)
+        sound = bool(parts.hostname) and parts.port != 0  # what is no port raises
+    except ValueError:
+        return False
+    return sound and url.startswith(("http://", "https://")) and url.isprintable() and " " not in url
+
+
+def _opener() -> urllib.request.OpenerDirector:
+    """It knows no proxy and follows no redirect, which would take the token along: it goes to nobody else."""
+    made = urllib.request.OpenerDirector()
+    made.add_handler(urllib.request.HTTPHandler())
+    made.add_handler(urllib.request.HTTPSHandler())
+    made.add_handler(urllib.request.HTTPErrorProcessor())
+    made.add_handler(urllib.request.HTTPDefaultErrorHandler())
+    return made
+
+
 def _error(error: urllib.error.HTTPError, url: str, fix: str) -> RecrayError:
+    to = error.headers.get("location")
+    if 300 <= error.code < 400 and to:
+        words = f"answered {error.code}, a redirect to {to!r}, which is not followed"
+        return InputError(words, where=url, fix="if that is your server, give it as --url")
     try:
         told = json.loads(error.read())["error"]
         words, where = str(told["message"]), told.get("where") or url

@@ -190,6 +190,7 @@ class Gate:
             return
         start = time.perf_counter()
         headers, path = dict(scope["headers"]), _path(scope)
+        scope = {**scope, "path": path, "root_path": ""}  # what is routed is what is checked here
         request_id = headers.get(b"x-request-id", b"").decode("latin-1")
         if not schema.REQUEST_ID.fullmatch(request_id):
             request_id = os.urandom(16).hex()
@@ -384,7 +385,7 @@ def _refused(error: ApiError, request_id: str) -> Response:
 
 def _no_route(scope: Scope, error: HTTPException) -> Response:
     code = {404: "unknown_route", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-    where = f"{scope['method'][:16]} {_path(scope)[:200]}"
+    where = f"{scope['method'][:16]} {scope['path'][:200]}"
     refusal = ApiError(error.status_code, code, error.detail, where)
     made = _refused(refusal, scope["state"]["request_id"])
     for name, value in (error.headers or {}).items():  # Allow, beside 405

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Kind = Literal["counter", "gauge", "histogram"]
 PREFIX = "ray_recray_"  # Ray puts ray_ before each name
 TOTAL = "_total"  # and Prometheus this behind each counter's
-MOST = 100  # values of a label of one metric; what comes then is counted as OTHER
+MOST = 100  # generations of one process; those that come then are OTHER, since Ray never lets a series go
 OTHER = "other"
 NAME = 12  # letters of a generation: the bundle's, since new items would make ever more names
 EVENTS = ("view", "click", "cart", "buy", "return")  # kinds of events that are told apart
@@ -96,6 +96,7 @@ class Meter:
         self._numbers: dict[tuple[str, tuple[str, ...]], float] = {}
         self._series: dict[tuple[str, tuple[str, ...]], _Series] = {}
         self._told: dict[tuple[str, tuple[str, ...]], float] = {}
+        self._generations: set[str] = set()
 
     def count(self, name: str, *labels: str, by: float = 1.0) -> None:
         """Add to a counter."""
@@ -135,9 +136,13 @@ class Meter:
                 yield Sample(name, "counter", told, grown)
 
     def _bounded(self, name: str, labels: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-        """The key of a new series: with so many known ones, whatever comes then is one."""
-        known = sum(key[0] == name for key in (*self._numbers, *self._series))
-        return (name, labels if known < MOST else (OTHER,) * len(labels))
+        """The key of a new series: with so many known generations, those that come then are one. The other
+        labels are few words of ours, and alerts ask for them."""
+        if METRICS[name].labels[:1] != ("generation",):
+            return name, labels
+        if len(self._generations) < MOST:
+            self._generations.add(labels[0])
+        return name, labels if labels[0] in self._generations else (OTHER, *labels[1:])
 
 
 class _Series:

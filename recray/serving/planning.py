@@ -15,6 +15,7 @@ replicas of it fit than make up for the hops, or the stages ask for different ha
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import statistics
@@ -23,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from recray.errors import ConfigError, InputError
+from recray.errors import ArtefactError, ConfigError, InputError
 from recray.manifest import Artefact
 from recray.serving.settings import Batch, Layout
 
@@ -37,6 +38,7 @@ HISTORY, CANDIDATES = 50, 200  # items of each, where bytes on the way are recko
 CLIENTS = 64  # that ask at a time, where nothing else is said
 TOGETHER = 16  # requests in the batch whose time is measured
 REPEATS = 9  # of which the median counts
+TABLE = "retriever/tables/item.safetensors"  # of a bundle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,8 +217,15 @@ def _bytes(hops: int) -> int:
 
 
 def loads_of(artefact: Artefact) -> list[StageLoad]:
-    """The stages of a bundle, from its manifest alone: bytes as on disk, times reckoned from the sizes
-    (2 dots a ns; 0.2 ms to encode a history; 2 us a ranked candidate) until they are measured."""
+    """The stages of a bundle, from its manifest and the header of its table: bytes in memory, and times
+    reckoned from the sizes (2 dots a ns; 0.2 ms to encode a history; 2 us a ranked candidate) until they are
+    measured.
+
+    The table of items counts once, coded, and beside it float32 copies of its N x D however few its bits:
+    the index's, and two (vectors of length 1, and the index over them) from the first `/similar` on; one more
+    of a model whose vectors are not the table. An index in bfloat16 or codes takes less. The retriever's
+    other files count three times, unpacked, and a ranker's twice. Raises ArtefactError.
+    """
     sizes = {"retriever": 0, "ranker": 0}
     for name, entry in artefact.manifest.files.items():
         part = "ranker" if name.startswith("ranker/") else "retriever"
@@ -224,11 +233,31 @@ def loads_of(artefact: Artefact) -> list[StageLoad]:
     plan = artefact.manifest.recipe["plan"]
     scanned = sizes["retriever"] / 4 if plan["index"] == "exact" else 0.0
     item_s = 2e-4 + scanned / 8e9
-    made = [StageLoad(name="retriever", bytes=3 * sizes["retriever"], item_s=item_s, call_s=1e-3)]
+    held = 3 * sizes["retriever"]
+    if TABLE in artefact.manifest.files:  # else nothing has vectors
+        held += _copies(artefact) - 2 * int(artefact.manifest.files[TABLE]["bytes"])
+    made = [StageLoad(name="retriever", bytes=held, item_s=item_s, call_s=1e-3)]
     if sizes["ranker"]:
         item_s = 1e-4 + 2e-6 * int(plan["candidates"])
         made.append(StageLoad(name="ranker", bytes=2 * sizes["ranker"], item_s=item_s, call_s=1e-3))
     return made
+
+
+def _copies(artefact: Artefact) -> int:
+    """Bytes of the decoded copies of the item table that a replica holds, at most."""
+    from recray.models import model_class
+    from recray.models.base import Retriever
+
+    at = artefact.file(TABLE)
+    try:
+        with at.open() as file:  # safetensors: the length of a JSON header, and the header
+            about = json.loads(file.read(int.from_bytes(file.read(8), "little")))["__metadata__"]
+        cells = int(about["rows"]) * int(about["dim"])
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise ArtefactError(f"is not an encoded table ({error})", where=at) from None
+    cls = model_class(artefact.manifest.recipe["models"]["retriever"])
+    own = getattr(cls, "item_vectors", None) is not Retriever.item_vectors
+    return 4 * cells * (3 + own)
 
 
 def measured(bundle: Bundle) -> list[StageLoad]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import socket
 import threading
 from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,6 +14,8 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import recray
 from recray.cli.main import main
@@ -109,7 +113,8 @@ def test_on_this_machine_without_any_token() -> None:
     assert (answer.status_code, answer.json()) == (200, TOLD)
     assert ask("POST", "/admin/rollback", json={}, steps=steps).status_code == 200
     assert steps.asked == [("/b", 0.05), "rollback"]
-    assert ask("GET", "/admin/generations", host="[::1]:8000").json()["counts"] == {}
+    for host in ("[::1]:8000", "[::1]"):
+        assert ask("GET", "/admin/generations", host=host).json()["counts"] == {}
     assert ask("GET", "/admin/generations", host="localhost").status_code == 200
 
 
@@ -121,7 +126,8 @@ def test_a_page_in_a_browser_cannot() -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (415, "not_json")
         answer = ask("POST", path, json={"bundle": "/b"}, host="evil.example:8000", steps=steps)
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "no_admin_token")
-    assert ask("GET", "/admin/generations", host="evil.example").status_code == 403
+    for host in ("evil.example", "[2001:db8::1]", "[2001:db8::1]:8000"):
+        assert ask("GET", "/admin/generations", host=host).status_code == 403
     assert steps.asked == []
 
 
@@ -205,6 +211,7 @@ class Door(BaseHTTPRequestHandler):
     """Answers what the test says, and keeps what it was asked."""
 
     status, body = 200, json.dumps(TOLD).encode()
+    to: str | None = None  # where a redirect leads
     asked: tuple[str, str | None, Any] = ("", None, None)
 
     def do_POST(self) -> None:
@@ -215,6 +222,8 @@ class Door(BaseHTTPRequestHandler):
         )
         type(self).asked = (self.path, self.headers["authorization"], given)
         self.send_response(self.status)
+        if self.to is not None:
+            self.send_header("location", self.to)
         self.end_headers()
         self.wfile.write(self.body)
 
@@ -227,6 +236,12 @@ class Door(BaseHTTPRequestHandler):
 @pytest.fixture
 def door(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Door]]:
     monkeypatch.delenv(auth.ADMIN_ENV, raising=False)
+    with opened() as made:
+        yield made
+
+
+@contextlib.contextmanager
+def opened() -> Iterator[Any]:
     made = type("Made", (Door,), {})
     with ThreadingHTTPServer(("127.0.0.1", 0), made) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -294,6 +309,53 @@ def test_refusals_are_one_line(door: Any, status: int, kind: type[RecrayError], 
     door.body = b"<html>"
     with pytest.raises(kind):
         recray.rollback(url=door.url)
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("to", ["http://localhost:{port}/x", "ftp://elsewhere/x", "http://[::1"])
+def test_no_redirect_is_followed(door: Any, status: int, to: str) -> None:
+    with opened() as elsewhere:
+        door.status, door.to = status, to.format(port=elsewhere.url.rpartition(":")[2])
+        for verb in (recray.ship, recray.why):
+            with pytest.raises(InputError) as raised:
+                verb("/b", url=door.url, token="t")
+            assert door.to in str(raised.value)
+            assert "\n" not in str(raised.value)
+        assert elsewhere.asked == ("", None, None), "nobody else hears of the token"
+
+
+@pytest.mark.parametrize("rest", ["[::1", "127.0.0.1:1/a b", "a b", "127.0.0.1:x", "127.0.0.1:99999", ""])
+def test_what_is_no_address_is_refused_in_one_line(rest: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rollback", "--url", f"http://{rest}"]) == 2
+    said = capsys.readouterr().err
+    assert "is not a server's address" in said
+    assert said.count("\n") == 1
+
+
+@given(st.text(max_size=12) | st.text("[]:@/?#%. 1a\\", max_size=8))
+def test_any_address_ends_in_an_error_of_ours(rest: str) -> None:
+    def nobody(*_: object, **__: object) -> socket.socket:
+        raise ConnectionRefusedError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket, "create_connection", nobody)
+        with pytest.raises(InputError):
+            recray.rollback(url=f"http://{rest}", token="t")
+
+
+def test_what_speaks_no_http_is_no_server_of_ours() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def greet() -> None:
+            with server.accept()[0] as one:
+                one.sendall(b"SSH-2.0-x\r\n")
+                one.recv(1 << 16)
+
+        thread = threading.Thread(target=greet)
+        thread.start()
+        with pytest.raises(InputError, match="no server of ours answers"):
+            recray.rollback(url=f"http://127.0.0.1:{server.getsockname()[1]}", token="t")
+        thread.join()
 
 
 def test_where_nobody_answers(capsys: pytest.CaptureFixture[str]) -> None:

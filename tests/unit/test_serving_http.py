@@ -6,16 +6,16 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Iterable
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
-from recray.serving import auth, schema
+from recray.serving import admin, auth, schema
 from recray.serving.admission import Door, Visit
 from recray.serving.http import Reply, build_asgi
 from recray.serving.schema import MAX_BODY, ApiError, RecommendRequest
@@ -306,3 +306,55 @@ def test_who_came_in_before_is_counted_once() -> None:
     asyncio.run(scene())
     assert inside == [1, 1, 1, 1]
     assert door.inside == 0
+
+
+def status_of(app: Any, method: str, path: str, root: str) -> int:
+    """Of a request without a token, handed over as a server does."""
+    scope = {"type": "http", "method": method, "path": path, "root_path": root, "query_string": b""}
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"{}"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    asyncio.run(app({**scope, "headers": [(b"host", b"any.example")]}, receive, send))
+    return int(sent[0]["status"])
+
+
+class Steps:
+    """The admin's steps, of which none may be taken."""
+
+    async def rollback(self) -> dict[str, Any]:
+        raise AssertionError
+
+    generations = rollback
+
+
+ROUTES = [
+    ("GET", "/admin/generations"),
+    ("POST", "/admin/rollback"),
+    ("GET", "/v1/items/i/similar"),
+    ("POST", "/v1/recommend"),
+]
+
+
+@given(
+    st.sampled_from(["", "/", "//", "/x", "/x/", "/x//", "/admin", "/admin/", "/v1", "/v1/", "/a/b/"]),
+    st.text("/", max_size=2),
+    st.sampled_from(ROUTES),
+)
+def test_no_prefix_leads_past_the_tokens(root: str, more: str, route: tuple[str, str]) -> None:
+    user, other, (method, path) = auth.digest("u"), auth.digest("a"), route
+    app = build_asgi(Fake(), token_digest=user, admin_digest=other, steps=cast(admin.Admin, Steps()))
+    for above in (root, root.rstrip("/")):
+        assert status_of(app, method, f"{above}{more}{path}", root) in (401, 404)
+
+
+@pytest.mark.parametrize("root", ["", "/", "/x", "/x/"])
+@pytest.mark.parametrize(("method", "path"), ROUTES[2:])
+def test_a_prefix_is_the_same_with_a_slash_behind(root: str, method: str, path: str) -> None:
+    path = f"{root.rstrip('/')}{path}"
+    assert status_of(build_asgi(Fake(), token_digest=auth.digest("u")), method, path, root) == 401
+    assert status_of(build_asgi(Fake()), method, path, root) == 200

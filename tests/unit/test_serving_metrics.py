@@ -72,13 +72,34 @@ def test_a_new_series_tells_its_empty_buckets_too() -> None:
     assert counts == [0, 0, 0, 1, 1, 1, 1, 1, 1]
 
 
-def test_labels_cannot_grow_without_end() -> None:
-    meter = Meter()
-    for n in range(5000):
-        meter.count("degraded", "g", f"reason {n}")
+def test_generations_cannot_grow_without_end_and_the_other_labels_stay() -> None:
+    meter, more = Meter(), 150
+    timing = {"wait": 1.0, "retrieve": 1.0, "rank": 1.0, "total": 3.0}
+    for n in range(metrics.MOST + more):
+        metrics.answered(meter, f"g{n}", timing, ["unknown user", "state unavailable"])
+        metrics.acted(meter, f"g{n}", ["click"], 1)
     kept = told(meter)
-    assert len(kept) == metrics.MOST + 1
-    assert kept["degraded", "other", "other"] == 5000 - metrics.MOST
+    assert kept["answers", "other"] == kept["acted", "other"] == kept["events", "other", "click"] == more
+    for reason in ("unknown user", "state unavailable"):
+        assert kept["degraded", "other", reason] == more
+    for stage in timing:
+        assert kept["ms_count", "other", stage] == more
+        assert kept["ms_count", f"g{metrics.MOST - 1}", stage] == 1
+    names = [key[1] for key in kept if key[0] == "ms_count" and key[2] == "total"]
+    assert len(names) == len(set(names)) == metrics.MOST + 1
+    metrics.answered(meter, "g0", timing, [])
+    assert told(meter)["ms_count", "g0", "total"] == 1, "a known one keeps its name"
+
+
+@given(st.lists(st.tuples(st.integers(0, 300), st.sampled_from(["wait", "total"])), max_size=400))
+def test_each_stage_counts_all_its_answers(seen: list[tuple[int, str]]) -> None:
+    meter = Meter()
+    for n, stage in seen:
+        meter.observe("ms", 1.0, f"g{n}", stage)
+    kept = told(meter)
+    for stage in ("wait", "total"):
+        counts = [value for key, value in kept.items() if key[0] == "ms_count" and key[2] == stage]
+        assert sum(counts) == sum(one == stage for _, one in seen)
 
 
 def test_answers_events_and_refusals_are_counted_at_the_door() -> None:

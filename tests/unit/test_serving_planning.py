@@ -9,13 +9,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from recray.bundles.build import build
+from recray.bundles.plan import Plan
 from recray.cli.main import main
-from recray.errors import ConfigError
+from recray.data.dataset import Dataset
+from recray.errors import ArtefactError, ConfigError
+from recray.models.embeddings import Table
+from recray.retrieval.index import Index
 from recray.serving.generations import Generation, State
 from recray.serving.planning import (
     COSTS,
     GENERATIONS,
     PROCESS,
+    TABLE,
     Machine,
     StageLoad,
     loads_of,
@@ -24,10 +30,15 @@ from recray.serving.planning import (
     this_machine,
 )
 from recray.serving.settings import Batch
-from tests.serving_bundles import small_bundle
+from tests.serving_bundles import checkpoint, small_bundle, small_dataset
 
 GIB = 1 << 30
 BOX = Machine(cores=2, memory=24 * GIB)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return small_dataset(tmp_path_factory.mktemp("data"))
 
 
 def loads(retriever: int = 40 << 20, ranker: int = 25 << 20, device: str = "cpu") -> list[StageLoad]:
@@ -128,6 +139,43 @@ def test_a_manifest_says_enough(tmp_path: Path) -> None:
     assert told["layout"].startswith("fused")
     assert "0 hops" in told["fused"]
     assert "requests/s" in told["split"]
+
+
+@pytest.mark.parametrize("model", ["bpr", "two-tower"])
+@pytest.mark.parametrize("codec", ["f32", "int4", "pq", "tiers"])
+def test_memory_is_reckoned_for_what_an_open_bundle_decodes(
+    data: Dataset, model: str, codec: str, tmp_path: Path
+) -> None:
+    first = checkpoint(tmp_path / "checkpoint", data, model, dim=128)
+    bundle = build(tmp_path / "bundle", first, None, data, Plan(retriever_codec=codec))
+    bundle.similar(bundle.items.id_of(3))
+    index, unit = bundle.recommender.index, bundle.recommender._cosine
+    assert index is not None
+    copies = [index, unit, unit.table] if model == "bpr" else [index, index.table, unit, unit.table]
+    held = sum(_bytes(one) for one in copies)
+    sizes = {name: int(entry["bytes"]) for name, entry in bundle.artefact.manifest.files.items()}
+    (load,) = loads_of(bundle.artefact)
+    assert load.bytes == held + sizes[TABLE] + 3 * (sum(sizes.values()) - sizes[TABLE])
+
+
+def _bytes(held: Index | Table) -> int:
+    return held.nbytes if isinstance(held, Index) else sum(p.nbytes for p in held.parameters())
+
+
+def test_a_bundle_without_vectors_holds_no_copies(tmp_path: Path) -> None:
+    bundle = small_bundle(tmp_path, ranker=False, retriever="item-knn")
+    assert loads_of(bundle.artefact)[0].bytes == 3 * sum(
+        int(entry["bytes"]) for entry in bundle.artefact.manifest.files.values()
+    )
+
+
+@pytest.mark.parametrize("start", [b"", b"\xff" * 64, b"\2\0\0\0\0\0\0\0[]", b"\2\0\0\0\0\0\0\0{}"])
+def test_a_damaged_table_is_one_line(tmp_path: Path, start: bytes) -> None:
+    artefact = small_bundle(tmp_path).artefact
+    (tmp_path / "bundle" / TABLE).write_bytes(start)
+    with pytest.raises(ArtefactError, match=r"item\.safetensors") as error:
+        loads_of(artefact)
+    assert "\n" not in str(error.value)
 
 
 def test_the_command_measures_a_bundle_and_prints_both_profiles(
