@@ -80,8 +80,7 @@ class Recommender:
         if delta.n != self.retriever.n_items or (len(delta) > delta.n and self.index is None):
             words = "has no item vectors" if self.index is None else f"knows {self.retriever.n_items} items"
             raise ConfigError(f"the retriever {words}: it takes no such new items", fix="train it again")
-        made = copy(self)
-        made.__dict__.pop("_cosine", None)
+        made = copy(self)  # with `_cosine` where it was made: that is of the table alone
         made.delta, made.n_items = delta, len(delta)
         made.popularity = np.zeros(len(delta), np.float32)
         made.popularity[: delta.n] = self.popularity[: delta.n]

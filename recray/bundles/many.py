@@ -6,6 +6,7 @@ recommendations.parquet: user (string), place (int32, from 1), item (string), sc
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
@@ -18,9 +19,10 @@ import pyarrow.parquet as pq
 
 from recray.bundles.bundle import Bundle, Request, open_bundle
 from recray.data.sequences import Histories, append
+from recray.data.values import text_of
 from recray.errors import ArtefactError, InputError
 from recray.manifest import Artefact, write_artefact
-from recray.progress import bar
+from recray.progress import bar, warn
 from recray.storage import Place, place
 
 CHUNK = 2048  # users answered together; a task of a cluster
@@ -53,13 +55,23 @@ def recommend_many(
 
     users: ids, or a file of them (see `read_users`); one that comes twice is answered once. A user
     nobody knows gets what is popular, and is counted in the report. asked: what else `Bundle.recommend`
-    takes, alike for all: filter, pin, ... Raises InputError.
+    takes, alike for all: filter, pin, ..., as JSON has it, since the manifest keeps it. Raises InputError.
     """
-    ids = read_users(users) if isinstance(users, (str, os.PathLike)) else [str(user) for user in users]
-    ids = list(dict.fromkeys(ids))
+    file: Place | None = None
+    if isinstance(users, (str, os.PathLike)):
+        file, users = place(users), read_users(users)
+    ids = list(dict.fromkeys(str(user) for user in users))
     if not ids:
-        raise InputError("no user is named", where=users if isinstance(users, str) else None)
+        raise InputError("no user is named", where=file)
     request = bundle.request(k=k, **asked or {})
+    recipe = {"k": request.k, "exclude_seen": True, "asked": dict(asked or {})}
+    try:
+        json.dumps(recipe)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"what is asked for is no JSON ({error})", fix="give text, numbers, lists") from None
+    unknown = int((bundle.users.rows_of(ids) < 0).sum())
+    if file is not None and unknown == len(ids):
+        warn(f"{file}: the bundle knows none of these {unknown} users; are the ids those of its log?")
     answer = partial(_answer_at, bundle.artefact.place.uri, bundle.generation, request)
     if block_map is map:
         answer = partial(answer_chunk, bundle, request)
@@ -75,10 +87,8 @@ def recommend_many(
                 file.write_table(table)
                 lines += len(table)
                 said.update(min(CHUNK, len(ids) - start))
-        unknown = int((bundle.users.rows_of(ids) < 0).sum())
         return {"users": len(ids), "unknown_users": unknown, "rows": lines}
 
-    recipe = {"k": request.k, "exclude_seen": True, "asked": dict(asked or {})}
     return write_artefact(out, "recommendations", fill, parents={"bundle": bundle.artefact}, recipe=recipe)
 
 
@@ -113,21 +123,29 @@ def answer_chunk(bundle: Bundle, request: Request, ids: Chunk) -> pa.Table:
 def read_users(path: str | os.PathLike[str]) -> Chunk:
     """Ids from a text file with one a line, or from the column `user` (or the only one) of a Parquet file.
 
-    Raises InputError for a file that cannot be read so.
+    They are read as `prepare` reads them: blanks around one are part of it. Raises InputError for a file
+    that cannot be read so.
     """
     where = place(path)
     try:
         if where.path.endswith(".parquet"):
-            with where.open() as file:
-                table = pq.read_table(file)
-            name = "user" if "user" in table.column_names else table.column_names[0]
-            if name != "user" and table.num_columns > 1:
-                raise InputError("has no column 'user'", where=where)
-            return [str(value) for value in table[name].drop_null().to_pylist()]
-        lines = where.read_bytes().decode("utf-8-sig").splitlines()
+            return _user_column(where)
+        lines = where.read_bytes().decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise InputError(f"cannot be read as user ids ({error})", where=where) from None
-    return [line.strip() for line in lines if line.strip()]
+    return [user for line in lines if (user := line.removesuffix("\r"))]
+
+
+def _user_column(where: Place) -> Chunk:
+    with where.open() as file:
+        table = pq.read_table(file)
+    names = table.column_names
+    if "user" not in names and len(names) != 1:
+        raise InputError("has no column 'user'", where=where, fix="name the column of the ids so")
+    words, unreadable = text_of(table.column(names.index("user") if "user" in names else 0))
+    if unreadable is not None:
+        raise InputError("cannot be read as user ids (not all are UTF-8)", where=where)
+    return [user for user in words.to_pylist() if user]
 
 
 @lru_cache(maxsize=1)

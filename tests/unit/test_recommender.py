@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from recray.errors import ConfigError
 from recray.models.base import Catalogue, Context, ModelConfig, Ranker, Retriever
 from recray.models.embeddings import DenseTable
 from recray.recommender import Candidates, Recommender
+from recray.retrieval.delta import Delta
 from recray.retrieval.index import INDEXES, build_index
 
 N, D = 400, 8
@@ -185,6 +188,35 @@ def test_similar_leaves_the_item_out(model: Mean) -> None:
         wanted = [i for i in np.argsort(-cosine) if i != 5][:7]
         assert ranked.rows[0].tolist() == wanted
         np.testing.assert_allclose(ranked.scores[0], cosine[wanted], atol=1e-5)
+
+
+NEW, WITHDRAWN = st.lists(st.integers(0, N - 1), max_size=4), st.sets(st.integers(0, N + 3), max_size=40)
+
+
+@settings(max_examples=40, deadline=None)
+@given(changes=st.lists(st.tuples(NEW, WITHDRAWN), min_size=1, max_size=3), row=st.integers(0, N + 3))
+def test_similar_after_changes_of_items_is_over_what_is_left(
+    changes: list[tuple[list[int], set[int]]], row: int
+) -> None:
+    """And the index that it searches is made once, since new and withdrawn items are not in it."""
+    first = made(Mean())
+    before = first.similar(5, 7)
+    old = first.retriever.item_vectors().detach().numpy()
+    now = first
+    for like, gone in changes:
+        new = -old[like] * 3 + 1
+        now = now.with_delta(Delta(N, new, [at for at in gone if at < N + len(new)]))
+        row = min(row, N + len(new) - 1)
+        unit = np.concatenate([old, new]).astype(np.float64)
+        unit /= np.linalg.norm(unit, axis=1, keepdims=True)
+        left = np.setdiff1d(np.arange(len(unit)), [row, *gone])
+        wanted = left[np.argsort(-(unit @ unit[row])[left], kind="stable")][:9]
+        ranked = now.similar(row, 9)
+        np.testing.assert_allclose(ranked.scores[0], (unit @ unit[row])[wanted], atol=1e-5)
+        assert set(ranked.rows[0]) <= set(left)
+        np.testing.assert_allclose(ranked.scores[0], (unit @ unit[row])[ranked.rows[0]], atol=1e-5)
+    assert now._cosine is first._cosine
+    assert np.array_equal(first.similar(5, 7).rows, before.rows)
 
 
 def test_a_ranker_of_another_catalogue_is_refused() -> None:
