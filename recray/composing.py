@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from recray import config, manifest, recipes, storage
-from recray.errors import InputError, RecrayError
+from recray.errors import ConfigError, InputError, RecrayError
 from recray.manifest import Artefact
 from recray.progress import say
 
@@ -86,14 +86,18 @@ def measure(source: Source | Bundle, dataset: Dataset, split: str, *, beyond: bo
     artefact = open_any(source, "checkpoint", "bundle", verify=False)
     if artefact.manifest.kind == "checkpoint":
         open_any(artefact)  # a bundle's hashes are checked when it is opened to be asked
-    if not dataset.has_split(split):
-        raise InputError(f"has no {split} split", where=dataset.artefact.place, fix="prepare it with one")
+    _check_split(dataset, split)
     if artefact.manifest.recipe.get("options", {}).get("loss") == "labels":
         return _labelled(artefact, dataset, split)
     catalogue = evaluation.beyond_of(dataset) if beyond else None
-    cases, (top_k, model) = dataset.cases(split), _asked(artefact)
+    cases, (top_k, model) = dataset.cases(split), _asked(artefact, dataset)
     report = evaluation.evaluate(top_k, cases, catalogue=catalogue)
     return evaluation.with_ratings(report, model, cases)
+
+
+def _check_split(dataset: Dataset, split: str) -> None:
+    if not dataset.has_split(split):
+        raise InputError(f"has no {split} split", where=dataset.artefact.place, fix="prepare it with one")
 
 
 def plan(
@@ -267,18 +271,19 @@ def shown_trial(found: Artefact, trial: str) -> dict[str, Any]:
 
 
 def check_search(fit: Fit, space: Space) -> None:
-    """Raise ConfigError, before any trial, for a setting or a metric that no trial could use."""
+    """Refuse, before any trial, a setting, a metric or a dataset that no trial could use."""
     from recray.metrics import ranking
     from recray.training.run import resolve
 
     labelled = fit.recipe.options.get("loss") == "labels"
-    known = ("auc",) if labelled else tuple(f"{name}@10" for name in ranking.NAMES)
-    if fit.metric.partition("@")[0] not in {name.partition("@")[0] for name in known}:
+    known = ("auc",) if labelled else tuple(f"{name}@{k}" for name in ranking.NAMES for k in (10, 20))
+    if fit.metric not in known:
         raise config.unknown_name("metric", fit.metric, known)
     for name, dimension in space.dimensions.items():
         ends = (dimension.tidy(dimension.low), dimension.tidy(dimension.high))
         for value in dimension.choices or ends:
             resolve(config.override(fit.recipe, [f"{name}={value}"]))
+    _check_split(open_data(fit.dataset), "valid")
 
 
 def packed(
@@ -322,16 +327,24 @@ def _measured_plan(retriever: Artefact, ranker: Artefact) -> Plan | None:
     return Plan(**{name: told[name] for name in ("candidates", "blend") if name in told})
 
 
-def _asked(artefact: Artefact) -> tuple[TopK, Model]:
-    """How an artefact is asked for its best items, and the model that may predict ratings."""
+def _asked(artefact: Artefact, dataset: Dataset) -> tuple[TopK, Model]:
+    """How an artefact is asked for its best items, and the model that may predict ratings.
+
+    Raises ConfigError where its items are not those of the dataset.
+    """
     from recray import evaluation
 
     if artefact.manifest.kind == "bundle":
-        recommender = open_bundle(artefact).recommender
-        return evaluation.recommender_top_k(recommender), recommender.retriever
+        bundle = open_bundle(artefact)
+        if bundle.items != dataset.items:
+            words = "knows other items than the dataset, or in another order"
+            raise ConfigError(words, where=artefact.place, fix="give the dataset it was trained on")
+        allowed = bundle.filters.mask(bundle.wanted(None))
+        return evaluation.recommender_top_k(bundle.recommender, allowed), bundle.recommender.retriever
     from recray.models.base import Ranker, Retriever
-    from recray.models.saved import load_model
+    from recray.models.saved import check_items, load_model
 
+    check_items(artefact, dataset)
     model = load_model(artefact)
     assert isinstance(model, (Retriever, Ranker))
     return evaluation.model_top_k(model), model
@@ -341,8 +354,9 @@ def _labelled(artefact: Artefact, dataset: Dataset, split: str) -> Report:
     from recray.evaluation import Report
     from recray.metrics.binary import auc, losses
     from recray.models.features import FeatureRanker
-    from recray.models.saved import load_model
+    from recray.models.saved import check_items, load_model
 
+    check_items(artefact, dataset)
     model = load_model(artefact)
     assert isinstance(model, FeatureRanker)
     labels, logits = model.labelled(dataset, split)

@@ -24,6 +24,7 @@ from recray.metrics.interval import Difference
 from recray.metrics.ranking import ranking
 from recray.models.base import Ranker, Retriever
 from recray.models.ratings import PredictsRatings
+from recray.progress import warn
 
 if TYPE_CHECKING:
     from recray.data.dataset import Cases, Dataset
@@ -42,7 +43,8 @@ PAIRS = 1 << 18  # (user, candidate) pairs a ranker sees at a time; each has act
 class Report:
     """What was measured: per-user values, their means, and numbers that only the whole has.
 
-    values: metric -> float64[B], for the users `user_rows` int[B] in the same order.
+    values: metric -> float64[B], for the users `user_rows` int[B] in the same order; a user is there
+    once for each of its interactions where those are what is measured.
     whole: numbers of all lists together, such as "coverage@10". skipped: users without a target.
     differences: metric -> ours minus a baseline's, where one was measured beside it.
     """
@@ -57,6 +59,11 @@ class Report:
     def means(self) -> dict[str, float]:
         """Every metric as one number."""
         return {**{name: float(v.mean()) for name, v in self.values.items()}, **self.whole}
+
+    @cached_property
+    def users(self) -> int:
+        """How many users were asked, each counted once."""
+        return len(np.unique(self.user_rows))
 
     def interval(self, metric: str) -> Difference:
         """The mean of one per-user metric with its 95 % interval."""
@@ -75,7 +82,7 @@ class Report:
         """Plain JSON: users, skipped, means, the 95 % interval of each per-user metric, differences."""
         bounds = {name: self.interval(name).as_dict() for name in self.values}
         return {
-            "users": len(self.user_rows),
+            "users": self.users,
             "skipped": self.skipped,
             "means": self.means,
             "intervals": {name: [b["low"], b["high"]] for name, b in bounds.items()},
@@ -95,14 +102,15 @@ class Report:
             cells = (f"{row[cut]:10.4f}" if cut in row else " " * 10 for cut in cuts)
             lines.append(f"{name:<{wide}}" + "".join(cells))
         told = [f"{name} minus the baseline's: {d}" for name, d in self.differences.items()]
-        return "\n".join([*lines, f"{len(self.user_rows):,} users", *told])
+        return "\n".join([*lines, f"{self.users:,} users", *told])
 
     def _of(self, metric: str) -> NDArray[np.float64]:
         if metric not in self.values:
             raise InputError(
                 f"no per-user values of {metric!r}", fix=f"measured were {', '.join(self.values)}"
             )
-        return self.values[metric]
+        values = self.values[metric]
+        return values if self.users == len(values) else interval.by_user(values, self.user_rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,14 +127,15 @@ class Beyond:
 
 def beyond_of(data: Dataset) -> Beyond:
     """From a dataset: popularity over its training split, and diversity by its category column if any."""
-    seen = data.histories("train").to_csr(data.n_items)
-    users = np.asarray(seen.getnnz(axis=0), dtype=np.int64)
+    train = data.histories("train")
+    users = np.asarray(train.to_csr(data.n_items).getnnz(axis=0), dtype=np.int64)
     features = data.item_features
     vectors = None
     if features is not None and "category" in features.column_names:
-        codes = features.column("category").combine_chunks().dictionary_encode().indices.fill_null(-1)
-        vectors = beyond.one_hot(codes.to_numpy(zero_copy_only=False).astype(np.int64))
-    return Beyond(beyond.self_information(users, len(data.histories("train"))), vectors)
+        vectors = _category_vectors(features.column("category").combine_chunks())
+    # users of features or links alone have taken nothing, and would make every item look rarer
+    active = max(1, int(np.count_nonzero(train.lengths)))
+    return Beyond(beyond.self_information(users, active), vectors)
 
 
 def evaluate(
@@ -140,17 +149,20 @@ def evaluate(
     """Ask `top_k` for every user's list, `batch` users at a time, and measure it.
 
     Gives all of `metrics.ranking` at each cut of `ks`; with `catalogue` also "coverage@k" (whole),
-    "novelty@k" and, if it has vectors, "diversity@k". Users without a target are skipped and counted.
-    Raises InputError when no user is left.
+    "novelty@k" and, if it has vectors, "diversity@k", and a warning where targets are in their users' own
+    histories. Users without a target are skipped and counted. Raises InputError when no user is left.
     """
     asked = np.flatnonzero(cases.targets.lengths > 0)
     if not len(asked):
         raise InputError("no user has a held-out item to be found", fix="prepare with another --split")
     parts: list[dict[str, NDArray[np.float64]]] = []
     shown = {k: np.zeros(len(catalogue.information), dtype=bool) for k in ks} if catalogue else {}
+    repeated = 0
     for part in _batches(cases, asked, batch):
         rows = top_k(part, max(ks))
         values = ranking(rows, part.targets, ks)
+        if catalogue is not None:  # what a person reads; an epoch of training would say it each time
+            repeated += _with_known_target(part)
         for k in ks if catalogue is not None else ():
             assert catalogue is not None
             top = rows[:, :k]
@@ -159,6 +171,11 @@ def evaluate(
             if catalogue.vectors is not None:
                 values[f"diversity@{k}"] = beyond.diversity(top, catalogue.vectors)
         parts.append(values)
+    if repeated:
+        warn(
+            f"{repeated:,} of {len(asked):,} users have held-out items that are in their own histories, "
+            "which lists leave out: these count as missed; where they are duplicates, prepare with --dedupe"
+        )
     return Report(
         {name: np.concatenate([p[name] for p in parts]) for name in parts[0]},
         cases.user_rows[asked],
@@ -259,12 +276,15 @@ def ranker_top_k(ranker: Ranker, candidates: TopK, count: int = 200) -> TopK:
     return top_k
 
 
-def recommender_top_k(recommender: Recommender) -> TopK:
-    """The whole pipeline, as it is served: retrieve, leave the history out, rank."""
+def recommender_top_k(recommender: Recommender, allowed: NDArray[np.bool_] | None = None) -> TopK:
+    """The whole pipeline, as it is served: retrieve, leave the history out, rank.
+
+    allowed: bool[N], the items that a filter leaves.
+    """
 
     def top_k(cases: Cases, k: int) -> NDArray[np.int64]:
         ranked = recommender.recommend(
-            cases.histories, k, exclude=cases.histories, allowed=None, context=cases.context
+            cases.histories, k, exclude=cases.histories, allowed=allowed, context=cases.context
         )
         return np.asarray(ranked.rows, dtype=np.int64)
 
@@ -301,6 +321,33 @@ def best(
     rows = columns if rows_BC is None else np.take_along_axis(rows_BC, columns, axis=1)
     made[:, :k_in] = np.where(torch.isneginf(values).numpy(), -1, rows)
     return made
+
+
+def _category_vectors(column: Any) -> NDArray[np.float32] | None:
+    """One-hot float32[N, C] of an Arrow array of N categories, of lists the first; None of what has none."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    codes, owner = np.full(len(column), -1, dtype=np.int64), np.arange(len(column))
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        parents = pc.list_parent_indices(column).to_numpy(zero_copy_only=False)
+        owner, first = np.unique(parents, return_index=True)
+        column = column.flatten().take(pa.array(first))
+    if pa.types.is_nested(column.type):
+        return None
+    found = column.dictionary_encode().indices.fill_null(-1)
+    codes[owner] = found.to_numpy(zero_copy_only=False)
+    return beyond.one_hot(codes)
+
+
+def _with_known_target(cases: Cases) -> int:
+    """How many users have a target that is in their own history."""
+    span = 1 + max(int(some.items.max(initial=0)) for some in (cases.histories, cases.targets))
+    known, wanted = (
+        np.repeat(np.arange(len(cases)), some.lengths) * span + some.items
+        for some in (cases.histories.known(), cases.targets.known())
+    )
+    return len(np.unique(wanted[np.isin(wanted, known)] // span))
 
 
 def _batches(cases: Cases, asked: NDArray[np.int64], batch: int) -> Iterator[Cases]:

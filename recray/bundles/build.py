@@ -28,7 +28,7 @@ from recray.data.sequences import Histories, append
 from recray.errors import ConfigError
 from recray.manifest import Artefact, digest, write_artefact
 from recray.models.base import Model, Ranker, Retriever
-from recray.models.saved import load_model
+from recray.models.saved import check_items, load_model
 from recray.retrieval.index import build_index, index_params
 from recray.storage import Place
 
@@ -111,12 +111,7 @@ def _stage_of(checkpoint: Artefact, cls: type[Any], stage: str, dataset: Dataset
     model = load_model(checkpoint)
     if not isinstance(model, cls):
         raise ConfigError(f"{model.name} is not a {stage}", where=checkpoint.place)
-    if model.n_items != dataset.n_items:
-        raise ConfigError(
-            f"knows {model.n_items} items and the dataset has {dataset.n_items}",
-            where=checkpoint.place,
-            fix="give the dataset it was trained on",
-        )
+    check_items(checkpoint, dataset)
     return model
 
 

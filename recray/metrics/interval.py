@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 CONFIDENCE = 0.95
 
@@ -66,3 +66,17 @@ def paired(ours: ArrayLike, theirs: ArrayLike) -> Difference:
     if a.shape != b.shape:
         raise ValueError(f"{a.size} values against {b.size}: not the same users")
     return mean_interval(a - b)
+
+
+def by_user(values: ArrayLike, users: ArrayLike) -> NDArray[np.float64]:
+    """One value a user, float64[U], of float[n] values of which a user has several, users int[n].
+
+    Their mean is that of the n values, their spread is that between users: what one user does is not
+    independent, so the interval of these is wider than that of n values each of its own user. User u's is
+    m + (sum of its values - m · their number) · U / n, m the mean of all (the linearized ratio of sums).
+    """
+    x = np.asarray(values, dtype=np.float64)
+    _, owner, counts = np.unique(np.asarray(users), return_inverse=True, return_counts=True)
+    mean = x.mean()
+    made: NDArray[np.float64] = mean + np.bincount(owner, x - mean) * (len(counts) / len(x))
+    return made

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -15,6 +15,9 @@ from recray.errors import ArtefactError, ConfigError
 from recray.manifest import Artefact
 from recray.models import build_model
 from recray.models.base import Catalogue, Model
+
+if TYPE_CHECKING:
+    from recray.data.dataset import Dataset
 
 WEIGHTS = "model.safetensors"
 
@@ -49,6 +52,18 @@ def catalogue_of(artefact: Artefact) -> Catalogue:
         return Catalogue(int(entry["n_items"]), context, values, int(entry.get("item_numbers", 0)))
     except (TypeError, KeyError, ValueError, AttributeError):
         raise ArtefactError("does not say which catalogue it was trained for", where=artefact.place) from None
+
+
+def check_items(checkpoint: Artefact, dataset: Dataset) -> None:
+    """Raise ConfigError where the rows of a checkpoint are not the items of the dataset."""
+    n, known = catalogue_of(checkpoint).n_items, checkpoint.manifest.report.get("item_ids")
+    words = ""
+    if n != dataset.n_items:
+        words = f"knows {n} items and the dataset has {dataset.n_items}"
+    elif known is not None and known != dataset.items.digest():
+        words = "knows other items than the dataset, or in another order"
+    if words:
+        raise ConfigError(words, where=checkpoint.place, fix="give the dataset it was trained on")
 
 
 def load_model(artefact: Artefact) -> Model:

@@ -19,7 +19,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 import recray
 from recray import config, progress
@@ -41,7 +43,7 @@ from recray.training.checkpoint import (
     open_state,
 )
 from recray.training.following import Log
-from recray.training.loop import epoch_words, fit, pick_device
+from recray.training.loop import TrainingError, epoch_words, fit, pick_device
 from recray.training.metrics import tracked, wanted
 from recray.training.two_stages import choose_share, first_stage, mine
 from recray.training.work import check_room, set_beside
@@ -107,6 +109,7 @@ def train(
             )
             if not kind.gradient:
                 weights, told = finished.best / WEIGHTS, fitted(finished.best)
+                check_finite(recipe.model, load_file(weights))
                 made = _leave(target, dataset, recipe, weights, told, started)
                 run.remove()
                 return made
@@ -142,6 +145,8 @@ def check(train: Train) -> None:
     least |= dict.fromkeys(("warmup_steps", "patience", "threads", "seed", "valid_users", "save_steps"), 0)
     least |= dict.fromkeys(("clip_norm", "weight_decay", "table_lr", "table_l2", "adversarial"), 0)
     least |= {"teach_top": 1, "sparse": 0}
+    if train.seed >= 1 << 63:
+        raise ConfigError(f"train.seed is {train.seed}", fix="it must be below 2**63")
     for name, bound in least.items():
         if not getattr(train, name) >= bound:
             raise ConfigError(f"train.{name} is {getattr(train, name)}", fix=f"it must be {bound} or more")
@@ -174,7 +179,16 @@ def _fit_here(
     model = build_model(recipe.model, catalogue, recipe.options, seed=recipe.train.seed)
     model.see(dataset)
     measured = dict(model.fit(dataset, seed=recipe.train.seed))
+    check_finite(recipe.model, model.state_dict())
     return model.eval(), measured
+
+
+def check_finite(name: str, state: Mapping[str, Tensor]) -> None:
+    """Raise TrainingError where a solution overflowed, or there was none."""
+    for part, tensor in state.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            words = f"{name} has no solution here: its {part} is not finite"
+            raise TrainingError(words, fix="choose other options, such as a larger regularization")
 
 
 def _both(log: Log, after: Callable[[EpochReport], None]) -> Log:
@@ -260,7 +274,7 @@ def _leave(
         else:
             save_model(folder, made.cpu())
 
-    catalogue = catalogue_report(Catalogue.of(dataset))
+    catalogue, ids = catalogue_report(Catalogue.of(dataset)), dataset.items.digest()
     seconds = round(time.perf_counter() - started, 3)
     return write_artefact(
         target,
@@ -268,7 +282,7 @@ def _leave(
         fill,
         parents={"dataset": dataset.artefact, **parents},
         recipe=config.as_dict(recipe),
-        report={"catalogue": catalogue, "seconds": seconds, **report},
+        report={"catalogue": catalogue, "item_ids": ids, "seconds": seconds, **report},
     )
 
 

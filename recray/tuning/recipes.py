@@ -47,9 +47,9 @@ def search_recipe(
     and what that raises ends it for now. Called again with the same, it goes on from there, telling of the
     epochs done again, or starts anew.
 
-    given: the recipe that the points change, as JSON; with the dataset's hash and `halving` it names the
-    trials. metric: highest is best, but lowest of losses and errors. halving: which trials get more
-    epochs; None runs every trial out. workers: trials at once on Ray Tune (`out` must then be storage
+    given: the recipe that the points change, as JSON; with the dataset's hash, `metric` and `halving` it
+    names the trials. metric: highest is best, but lowest of losses and errors. halving: which trials get
+    more epochs; None runs every trial out. workers: trials at once on Ray Tune (`out` must then be storage
     they all see); 0 runs them here.
 
     Only checkpoints that are the best so far are kept. Raises ConfigError for a metric that `fit` does
@@ -59,7 +59,8 @@ def search_recipe(
     goal: Direction = "min" if metric.split("@")[0] in LOWER_IS_BETTER else "max"
     target = place(out)
     rule = None if halving is None else dataclasses.asdict(halving)
-    context = {"dataset": dataset.hash, "given": dict(given), "versions": versions(), "halving": rule}
+    context = {"dataset": dataset.hash, "given": dict(given), "metric": metric, "halving": rule,
+               "versions": versions()}  # fmt: skip
     cache = open_cache(target, context)
     started = TrialCache(cache.place / "started", context)
     keeper = _Keeper(target, cache, metric, goal)

@@ -16,6 +16,7 @@ from recray.errors import ArtefactError, ConfigError, InputError
 from recray.manifest import Artefact, write_artefact
 from recray.tuning.chosen import plan_of_trial
 from recray.tuning.space import Space
+from tests.models_data import ring_dataset
 
 TRIALS = {
     "aa11": {"number": 1, "error": None, "detail": {"plan": {"retriever_codec": "f32"}}},
@@ -162,9 +163,44 @@ def test_a_result_does_not_replace_an_artefact_of_another_kind(checkpoint: Artef
         ("options.nope=1..2", "ndcg@10", "unknown setting 'options.nope'"),
         ("options.dim=a,b", "ndcg@10", "options.dim is 'a'"),
         ("options.dim=4,8", "foo", "unknown metric 'foo'"),
+        ("options.dim=4,8", "ndcg", "unknown metric 'ndcg'"),
+        ("options.dim=4,8", "ndcg@5", "unknown metric 'ndcg@5'"),
     ],
 )
 def test_a_search_that_no_trial_could_do_is_refused_at_once(space: str, metric: str, words: str) -> None:
     fit = composing.Fit(recipes.recipe("ials"), "nowhere", metric)
     with pytest.raises(ConfigError, match=words):
         composing.check_search(fit, Space.parse([space]))
+
+
+def test_a_search_without_a_valid_split_is_refused_at_once(tmp_path: Path) -> None:
+    for name, rows in (("with", 3), ("without", 0)):
+        _artefact(tmp_path / name, "dataset", report={"interactions": {"train": 9, "valid": rows}})
+    space = Space.parse(["options.dim=4,8"])
+    composing.check_search(composing.Fit(recipes.recipe("ials"), str(tmp_path / "with"), "hr@20"), space)
+    fit = composing.Fit(recipes.recipe("ials"), str(tmp_path / "without"), "hr@20")
+    with pytest.raises(InputError, match="has no valid split"):
+        composing.check_search(fit, space)
+
+
+def test_models_are_not_measured_by_other_items(tmp_path: Path) -> None:
+    data, header = ring_dataset(tmp_path), "user,item,time\n"
+    log = (tmp_path / "log.csv").read_text().removeprefix(header).splitlines()
+    (tmp_path / "turned.csv").write_text(header + "\n".join(reversed(log)))
+    turned = recray.prepare(tmp_path / "turned.csv", out=tmp_path / "turned")
+    again = recray.prepare(tmp_path / "log.csv", split="none", out=tmp_path / "again")
+    assert (turned.items != data.items, turned.n_items) == (True, data.n_items)
+    made, other = (
+        recray.train(each, recipe="popularity", out=tmp_path / f"model-{n}")
+        for n, each in enumerate((data, turned))
+    )
+    for one in (made, recray.bundle(made, out=tmp_path / "bundle")):
+        assert recray.evaluate(one, baseline=made).means["ndcg@10"] >= 0
+        with pytest.raises(ConfigError, match=r"other items.*give the dataset it was trained on"):
+            recray.evaluate(one, data=turned)
+    with pytest.raises(ConfigError, match=r"model-1.*give the dataset it was trained on"):
+        recray.evaluate(made, baseline=other)
+    with pytest.raises(ConfigError, match="give the dataset it was trained on"):
+        recray.bundle(made, data=turned, out=tmp_path / "joined")
+    assert not (tmp_path / "joined").exists()
+    assert recray.bundle(made, data=again, out=tmp_path / "joined").recommend(user="u1", k=3).items

@@ -139,6 +139,13 @@ def test_the_bundles_own_filter_holds_for_many_users(tmp_path: Path) -> None:
     assert {value(bundle, line["item"], "category") for line in lines} == {"book"}
 
 
+def test_a_bundle_is_measured_with_its_own_filter(tmp_path: Path) -> None:
+    bundle = small_bundle(tmp_path, ranker=False, filter={"category": "book"})
+    report = api.evaluate(bundle)
+    assert report.means["diversity@10"] == 0
+    assert 0 < report.means["coverage@20"] < 0.5
+
+
 @pytest.mark.parametrize(
     "asked",
     [

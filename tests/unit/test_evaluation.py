@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,12 +18,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recray import evaluation
-from recray.data.dataset import Cases
+from recray.data.dataset import Cases, Dataset
+from recray.data.prepare import prepare
 from recray.data.sequences import Histories
 from recray.errors import InputError
 from recray.evaluation import (
     Beyond,
+    Report,
     best,
+    beyond_of,
     evaluate,
     evaluate_ratings,
     model_top_k,
@@ -168,6 +174,60 @@ def test_beyond_accuracy() -> None:
     assert report.values["diversity@2"].tolist() == [0.0, 1.0]
 
 
+def test_targets_in_their_users_own_histories_are_told_to_a_person(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    cases = cases_of([[1, 0, 1], [2], [0, 1], []], [[1], [1, 0], [2, 1], []])
+    top_k, catalogue = model_top_k(Fixed([3.0, 2.0, 1.0])), Beyond(np.zeros(3))
+    report = evaluate(top_k, cases, ks=(3,), batch=1, catalogue=catalogue)
+    assert report.values["recall@3"].tolist() == [0.0, 1.0, 0.5]
+    err = capsys.readouterr().err
+    assert err.startswith("warning: 2 of 3 users have held-out items that are in their own histories")
+    assert err.count("\n") == 1
+    evaluate(top_k, cases.take([1]), ks=(3,), catalogue=catalogue)
+    evaluate(top_k, cases, ks=(3,))  # as after each epoch of training
+    assert capsys.readouterr().err == ""
+
+
+def dataset(folder: Path, category: list[Any], **more: Any) -> Dataset:
+    """Users a, b, c of the items i0, i1, .. in a ring, two each, and the items' categories."""
+    names = [f"i{i}" for i in range(len(category))]
+    log = [(user, names[(at + step) % len(names)]) for at, user in enumerate("abc") for step in (0, 1)]
+    pd.DataFrame(log, columns=["user", "item"]).to_csv(folder / "log.csv", index=False)
+    pd.DataFrame({"item": names, "category": category}).to_parquet(folder / "items.parquet")
+    given = {"items": folder / "items.parquet", "split": "none", **more}
+    return prepare(folder / "log.csv", out=folder / "data", **given)
+
+
+def test_users_who_took_nothing_make_no_item_rarer(tmp_path: Path) -> None:
+    (tmp_path / "users.csv").write_text("user,age\n" + "".join(f"new{i},{i}\n" for i in range(50)))
+    data = dataset(tmp_path, ["x", "y", "x"], users=tmp_path / "users.csv")
+    assert data.n_users == 53
+    assert beyond_of(data).information == pytest.approx([math.log2(3 / 2)] * 3)
+
+
+@pytest.mark.parametrize(
+    ("category", "wanted"),
+    [
+        (["x", "y", None, "x"], [[1, 0], [0, 1], [0, 0], [1, 0]]),
+        ([["x", "y"], ["z"], ["x"], ["z", "x"]], [[1, 0], [0, 1], [1, 0], [0, 1]]),
+        ([[], ["z", "x"], None, ["x"]], [[0, 0], [1, 0], [0, 0], [0, 1]]),
+        ([{"a": 1}, {"a": 2}, {"a": 1}, None], None),
+    ],
+    ids=["words", "lists", "lists that are empty", "what is no category"],
+)
+def test_diversity_goes_by_a_category_or_the_first_of_several(
+    category: list[Any], wanted: list[list[int]] | None, tmp_path: Path
+) -> None:
+    data = dataset(tmp_path, category)
+    vectors = beyond_of(data).vectors
+    if wanted is None:
+        assert vectors is None
+        return
+    assert vectors is not None
+    assert vectors[data.items.rows_of([f"i{i}" for i in range(4)])].tolist() == wanted
+
+
 def test_against_pairs_users_and_refuses_others() -> None:
     cases = cases_of([[]] * 20, [[i % 2] for i in range(20)])
     good, bad = (evaluate(model_top_k(Fixed(s)), cases, ks=(1,)) for s in ([2.0, 1, 0], [0.0, 1, 2]))
@@ -196,6 +256,18 @@ def test_a_report_is_json_and_a_table() -> None:
     beside = dataclasses.replace(report, differences={"hr@1": report.against(report, "hr@1")})
     assert beside.as_dict()["differences"]["hr@1"]["mean"] == 0
     assert beside.table().splitlines()[-1].startswith("hr@1 minus the baseline's: +0.0000 [")
+
+
+def test_a_user_of_several_values_is_one_user() -> None:
+    rows = np.array([4, 4, 4, 7, 9], np.int32)
+    one, two = (Report({"logloss": np.array(v)}, rows) for v in ([1.0, 1, 1, 3, 4], [0.0, 0, 0, 3, 4]))
+    assert one.table().splitlines()[-1] == "3 users"
+    assert one.as_dict()["users"] == 3
+    found = one.interval("logloss")
+    assert (found.mean, found.n) == pytest.approx((one.means["logloss"], 3))
+    between = one.against(two, "logloss")
+    assert (between.mean, between.n) == pytest.approx((0.6, 3))
+    assert not between.above_zero
 
 
 def test_ratings() -> None:

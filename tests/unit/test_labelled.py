@@ -62,6 +62,7 @@ def test_labels_are_learned_and_measured(name: str, data: Dataset, tmp_path: Pat
     assert report.means["logloss"] == pytest.approx(logloss(labels, logits))
     assert report.means["logloss"] < 0.4
     assert len(report.values["logloss"]) == 500 == len(report.user_rows)
+    assert report.as_dict()["users"] == report.interval("logloss").n == data.n_users == 40
     one = data.interactions("test")
     context = {column: values[:1] for column, values in one.context.items()}
     past = composing.open_data(data).histories("train").take(one.user_rows[:1])
@@ -88,10 +89,11 @@ def test_a_split_of_one_label_has_no_auc(data: Dataset, tmp_path: Path) -> None:
         recray.evaluate(made, data=other)
 
 
-def test_a_search_over_labels_asks_for_auc() -> None:
-    space = Space.parse(["options.dim=8,16"])
-    fit = composing.Fit(recipes.recipe("dlrm", ["options.loss=labels"]), "nowhere", "auc")
+def test_a_search_over_labels_asks_for_auc(data: Dataset) -> None:
+    space, where = Space.parse(["options.dim=8,16"]), str(data.artefact.place)
+    fit = composing.Fit(recipes.recipe("dlrm", ["options.loss=labels"]), where, "auc")
     composing.check_search(fit, space)
-    for changes, metric in ((["options.loss=labels"], "ndcg@10"), ([], "auc")):
+    labels = ["options.loss=labels"]
+    for changes, metric in ((labels, "ndcg@10"), (labels, "auc@10"), ([], "auc")):
         with pytest.raises(ConfigError, match="unknown metric"):
             composing.check_search(composing.Fit(recipes.recipe("dlrm", changes), "nowhere", metric), space)

@@ -82,6 +82,21 @@ def test_pairing_sees_a_small_steady_gain() -> None:
     assert interval.mean_interval(base).low < 0 < interval.mean_interval(base).high
 
 
+def test_what_one_user_does_is_not_independent() -> None:
+    rng, users = np.random.default_rng(2), np.repeat(np.arange(40), np.arange(40) % 8 + 1)
+    single = rng.normal(size=40)
+    assert interval.by_user(single, np.arange(40)) == pytest.approx(single)
+    covered, naive = [], []
+    for _ in range(400):
+        values = rng.normal(0.5, 1.0, 40)[users] + 0.3 * rng.normal(size=len(users))
+        got, loose = interval.mean_interval(interval.by_user(values, users)), interval.mean_interval(values)
+        assert (got.mean, got.n) == pytest.approx((loose.mean, 40))
+        covered.append(got.low <= 0.5 <= got.high)
+        naive.append(loose.low <= 0.5 <= loose.high)
+    assert np.mean(naive) < 0.75
+    assert 0.9 <= np.mean(covered) <= 0.98
+
+
 def test_one_value_has_no_interval_and_none_has_no_mean() -> None:
     assert interval.mean_interval([2.0]).as_dict() == {"mean": 2.0, "low": None, "high": None, "n": 1}
     with pytest.raises(ValueError, match="no values"):

@@ -108,6 +108,14 @@ def test_without_ridge_or_unobserved_pairs_nothing_breaks() -> None:
         build_model("ials", Catalogue(23, {}), {"steps": 0})
 
 
+@pytest.mark.parametrize(
+    "options", [{"reg": -1.0}, {"unobserved": -1.0}, {"reg": float("nan")}, {"nu": 1000.0}, {"nu": -1.0}]
+)
+def test_weights_that_have_no_minimum_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=rf"options.*\b{next(iter(options))} (is|must)"):
+        build_model("ials", Catalogue(23, {}), options)
+
+
 @settings(max_examples=20)
 @given(st.lists(st.integers(0, 300), max_size=60), st.integers(1, 64))
 def test_parts_are_all_rows_in_order_and_bounded(counts: list[int], dim: int) -> None:

@@ -18,11 +18,13 @@ import pytest
 from recray.data.dataset import Dataset
 from recray.errors import ConfigError, InputError
 from recray.manifest import open_artefact
+from recray.models.popularity import Popularity
 from recray.models.saved import load_model
 from recray.recipes import Recipe, Train, recipe
 from recray.storage import place
 from recray.training import run as run_module
 from recray.training.checkpoint import EpochReport, State, last_state, open_state
+from recray.training.loop import TrainingError
 from recray.training.run import check, run_places, train
 from tests.models_data import ring_dataset
 
@@ -58,6 +60,7 @@ def test_a_checkpoint_says_all_of_itself(ring: Dataset, tmp_path: Path) -> None:
     assert [epoch["epoch"] for epoch in report["history"]] == [1, 2, 3, 4]
     assert report["valid"]["ndcg@10"] == max(epoch["value"] for epoch in report["history"])
     assert report["catalogue"]["n_items"] == ring.n_items
+    assert report["item_ids"] == ring.items.digest()
     assert [p.name for p in tmp_path.iterdir()] == ["out"], "the run folder is gone"
     assert train(ring, small(), out=tmp_path / "twin").manifest.files == made.manifest.files
 
@@ -215,11 +218,28 @@ def test_an_out_with_other_things_is_refused_before_any_work(ring: Dataset, tmp_
         ({"accumulate": 0}, "train.accumulate is 0"),
         ({"save_steps": -1}, "train.save_steps"),
         ({"table_lr": float("nan")}, "train.table_lr is nan"),
+        ({"seed": 1 << 63}, "train.seed is 9223372036854775808"),
     ],
 )
 def test_numbers_that_cannot_be_trained_with(change: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         check(replace(Train(), **change))
+
+
+def test_a_closed_form_without_a_finite_solution_leaves_nothing(
+    ring: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    solve = Popularity.fit
+
+    def broken(self: Popularity, *given: Any, **more: Any) -> Any:
+        found = solve(self, *given, **more)
+        self.counts[3] = float("nan")
+        return found
+
+    monkeypatch.setattr(Popularity, "fit", broken)
+    with pytest.raises(TrainingError, match=r"popularity.*counts.*not finite"):
+        train(ring, recipe("popularity"), out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_unknown_options_and_workers(ring: Dataset, tmp_path: Path) -> None:

@@ -158,6 +158,13 @@ def test_a_space_that_cannot_be_read_is_refused_before_any_work(dataset: Artefac
         search_recipe(Pretend(), ["a=2..1"], dataset=dataset, out=tmp_path / "t", given={})
 
 
+def test_trials_of_another_metric_are_not_taken_over(dataset: Artefact, tmp_path: Path) -> None:
+    search(dataset, tmp_path / "tuned", Pretend(), trials=3)
+    again = Pretend()
+    made = search(dataset, tmp_path / "tuned", again, trials=3, metric="loss")
+    assert len(again.asked) == 3 == len(trials_of(made))
+
+
 def halved(dataset: Artefact, out: Path, fit: Epochs, trials: int = 9, **more: Any) -> Artefact:
     given = {"train": {"epochs": 9}}
     more = {"halving": Halving(9, 1, 3), **more}
