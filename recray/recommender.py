@@ -87,9 +87,10 @@ class Recommender:
         made._popular_rows = np.lexsort((np.arange(len(delta)), -made.popularity)).astype(np.int64)
         return made
 
-    def depth(self, k: int) -> int:
+    def depth(self, k: int, rules: Rules | None = None) -> int:
         """How many candidates `recommend` asks retrieval for when k are wanted."""
-        return max(k, self.candidates) if self.ranker is not None else k
+        depth = max(k, self.candidates) if self.ranker is not None else k
+        return depth if rules is None else rules.pool(depth)
 
     @torch.inference_mode()
     def retrieve(
@@ -190,7 +191,7 @@ class Recommender:
     ) -> Candidates:
         """`retrieve` for lists under rules: `rules.pool(depth)` columns, then `rules.extra` for what is
         pinned (neither barred nor forbidden) and for items without which the caps would not leave k."""
-        found = self.retrieve(histories, rules.pool(self.depth(rules.k)), exclude, allowed)
+        found = self.retrieve(histories, self.depth(rules.k, rules), exclude, allowed)
         if not rules.extra:
             return found
         wide = found.rows.shape[1]
@@ -270,12 +271,12 @@ class Recommender:
 
     @torch.inference_mode()
     def why(
-        self, history: Histories, row: int, exclude: Histories | None = None, context: Context | None = None
+        self, history: Histories, row: int, context: Context | None = None, among: Candidates | None = None
     ) -> Reasons:
         """What the final score of item `row` is made of, for one history; see `models.why`.
 
-        Behind a ranker: its reasons and the retriever's, each as large as `rank` makes its part among
-        the candidates. Of a user without a known item: popularity alone.
+        Behind a ranker: its reasons and the retriever's, each as large as `rank` makes its part `among`
+        the candidates of the answer. Of a user without a known item: popularity alone.
         """
         if not _known(history).any():
             popular = float(self.popularity[row])
@@ -285,7 +286,7 @@ class Recommender:
         ranked = why(self.ranker, history, row, context)
         if self.blend == 0:
             return ranked
-        found = self.retrieve(history, self.candidates, exclude)
+        found = self.retrieve(history, self.candidates) if among is None else among
         parts = (
             (1 - self.blend, ranked, self._score(history, found.rows, context or {})),
             (self.blend, why(self.retriever, history, row), found.scores),

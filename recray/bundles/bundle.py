@@ -46,10 +46,8 @@ WEIGHED = ("retriever/", "ranker/", "index/")  # what `model_bytes` counts
 
 @dataclass(frozen=True, eq=False)
 class Front:
-    """A bundle without its models: checks what is asked, and turns ids into rows and rows into ids.
-
-    Nothing in it changes, so one serves many threads.
-    """
+    """A bundle without its models: checks what is asked, and turns ids into rows and rows into ids. Nothing
+    in it changes, so one serves many threads."""
 
     artefact: Artefact
     plan: Plan
@@ -128,10 +126,8 @@ class Front:
 
     def _ruled(self, made: Request, pin: Any, caps: Any, diversity: Any) -> Request:
         rules, known = checked(made.k, pin, caps, diversity, self.items, self.filters)
-        mask, pinned = (
-            self.allowed(made),
-            np.array(sorted(row for _, row in rules.pins) if rules else [], int),
-        )
+        mask = self.allowed(made)
+        pinned = np.array(sorted(row for _, row in rules.pins) if rules else [], int)
         out = np.isin(pinned, made.exclude) if mask is None else np.isin(pinned, made.exclude) | ~mask[pinned]
         if self.changes is not None:
             out |= np.isin(pinned, self.items.rows_of(self.changes.withdrawn))
@@ -251,7 +247,8 @@ class Bundle(Front):
         asked = self.request(user, history, k, exclude, filter, context, exclude_seen=exclude_seen, **rules)
         answer = self.answer(asked, self.recommender.recommend(**self.arguments(asked)))
         if why:
-            answer.why.extend(self.why(item.item, user, history, context) for item in answer.items)
+            rows = self.items.rows_of([item.item for item in answer.items])
+            answer.why.extend(self.reasons(asked, int(row)) for row in rows)
         return answer
 
     def arguments(self, request: Request) -> dict[str, Any]:
@@ -295,7 +292,9 @@ class Bundle(Front):
         if row >= self.known:  # nothing was learned of it yet
             return Why(item, 0.0, 0.0, False, [], self.generation)
         history_1, barred = Histories.of([asked.history]), Histories.of([asked.exclude])
-        found = self.recommender.why(history_1, row, barred, self.context(asked))
+        depth = self.recommender.depth(asked.k, asked.rules)
+        among = self.recommender.retrieve(history_1, depth, barred, self.allowed(asked))
+        found = self.recommender.why(history_1, row, self.context(asked), among)
         known = self.items.ids_of(found.rows) if found.kind == "history" else [""] * len(found.rows)
         reasons = [
             Reason(float(weight), name, self.shared(row, int(other)) if name else {})

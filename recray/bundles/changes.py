@@ -91,6 +91,8 @@ def change(
         new[made.item] = made
     out = set(had.withdrawn)
     for ids, act in ((withdraw, out.update), (restore, out.difference_update)):
+        if isinstance(ids, str):
+            raise InputError(f"{ids!r:.80} is one id", fix="give a list of item ids")
         named = [str(one) for one in ids]
         unknown = [one for one in named if one not in new and one not in bundle.items]
         if unknown:
@@ -138,6 +140,10 @@ def _added(bundle: Bundle, given: Mapping[str, Any]) -> Added:
     features = {str(column): value for column, value in given.get("features", {}).items()}
     for column in features:
         bundle.filters.known(column, "feature")
+    try:
+        name.encode(), json.dumps(features)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"item {name!r:.80} cannot be kept as JSON ({error})") from None
     made = Added(name, tuple(float(value) for value in vector), features)
     _extended(bundle.item_features, 0, (made,))  # a value that does not fit is said now
     return made

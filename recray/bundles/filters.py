@@ -68,6 +68,10 @@ class Filters:
         if column not in columns:
             fix = f"choose of {', '.join(columns)}" if columns else "this bundle has no item features"
             raise InputError(f"unknown {what} column {column!r:.80}", fix=fix)
+        assert self.features is not None
+        kind = self.features.schema.field(column).type
+        if what != "feature" and pa.types.is_nested(kind.value_type if _is_list(kind) else kind):
+            raise InputError(f"{what} column {column!r} holds {kind}", fix="choose one of words or numbers")
 
     def _condition(self, column: str, given: Any) -> Condition:
         if not isinstance(given, Mapping):
@@ -180,9 +184,14 @@ def _is_number(value: Any) -> bool:
 
 
 def _plain(column: pa.ChunkedArray) -> pa.Array:
-    """A column as one array, a dictionary-encoded one as its values."""
+    """A column as one array, dictionary-encoded ones as their values."""
     data = column.combine_chunks()
-    return data.dictionary_decode() if pa.types.is_dictionary(data.type) else data
+    if pa.types.is_dictionary(data.type):
+        return data.dictionary_decode()
+    if _is_list(data.type) and pa.types.is_dictionary(data.type.value_type):
+        kind = pa.large_list if pa.types.is_large_list(data.type) else pa.list_
+        return data.cast(kind(data.type.value_type.value_type))
+    return data
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
@@ -157,3 +158,18 @@ def test_what_cannot_be_changed_is_refused_in_a_line(bundle: Bundle, asked: Any)
     with pytest.raises(InputError) as error:
         change(bundle, **asked)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("asked", "says"),
+    [
+        ({"withdraw": "12"}, "'12' is one id"),
+        ({"restore": "i1"}, "'i1' is one id"),
+        ({"add": [{"item": "\ud800", "like": ["i1"]}]}, "cannot be"),
+        ({"add": [{"item": "x", "like": ["i1"], "features": {"price": np.int64(3)}}]}, "cannot be"),
+    ],
+    ids=["one id", "one id back", "surrogate", "numpy"],
+)
+def test_what_is_no_list_or_no_json_is_refused(bundle: Bundle, asked: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        change(bundle, **asked)

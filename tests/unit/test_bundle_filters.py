@@ -115,3 +115,23 @@ def test_masks_are_kept_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         made.mask(made.checked({"year": year}))
     assert len(made._kept) == 3
     assert made.mask(made.checked({"genre": "a"})) is not first
+
+
+def test_lists_of_categories_are_lists_of_words_and_other_nests_are_refused() -> None:
+    words = [["p", "q"], [], None, ["q"], ["r", "p"]]
+    features = pa.table(
+        {
+            "codes": pa.array(words, pa.list_(pa.dictionary(pa.int32(), pa.string()))),
+            "size": pa.array([{"w": 1}] * 5),
+            "place": pa.array([[1.0, 2.0]] * 5, pa.list_(pa.float64(), 2)),
+            "deep": pa.array([[[1]]] * 5),
+        }
+    )
+    assert kept({"codes": "p"}, features) == [0, 4]
+    assert kept({"codes": {"not": ["q"]}}, features) == [1, 2, 4]
+    made = Filters(features, 5)
+    assert made.groups(["codes"])["codes"].lengths.tolist() == [2, 0, 0, 1, 2]
+    for column in ("size", "place", "deep"):
+        for what in ("filter", "caps"):
+            with pytest.raises(InputError, match=f"{what} column '{column}' holds"):
+                made.known(column, what)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -40,6 +41,25 @@ def test_each_item_of_an_answer_has_its_reasons(bundles: dict[str, Bundle], name
             assert why.base + sum(r.weight for r in why.reasons) == pytest.approx(why.score, abs=1e-5)
     assert answer.why[0].additive == (name == "alone")
     assert not bundle.recommend(user="u3", k=3).why
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"filter": {"category": "book"}},
+        {"exclude_seen": False},
+        {"k": 50},
+        {"exclude": ["i1", "i2", "i3"]},
+        {"caps": {"category": 1}, "pin": ["i9"]},
+        {"diversity": 0.5},
+    ],
+    ids=str,
+)
+def test_what_is_explained_is_the_answer_s_score(bundles: dict[str, Bundle], asked: dict[str, Any]) -> None:
+    answer = bundles["ranked"].recommend(user="u3", why=True, **{"k": 3, **asked})
+    assert answer.items
+    for item, why in zip(answer.items, answer.why, strict=True):
+        assert why.score == pytest.approx(item.score, abs=1e-3)
 
 
 def test_reasons_name_the_features_that_both_items_have(bundles: dict[str, Bundle]) -> None:
