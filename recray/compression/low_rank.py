@@ -15,7 +15,7 @@ from torch import Tensor
 
 from recray.compression.askers import Askers
 from recray.compression.codec import Arrays, Codec, CodecParams, codec_named
-from recray.errors import ConfigError
+from recray.errors import ConfigError, InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,11 @@ class LowRank(Codec):
 
     def encode(self, table_ND: Tensor, weights_N: Tensor | None = None) -> dict[str, Tensor]:
         axes_Dr = self._axes(table_ND, weights_N)
-        found = self.inner.encode((table_ND @ axes_Dr.float()).contiguous(), weights_N)
+        along_Nr = (table_ND @ axes_Dr.float()).contiguous()
+        if along_Nr.numel() and float(peak := along_Nr.abs().max()) > self.inner.largest:
+            words = f"a value of {peak:.3g} along the axes is too large for {self.inner.name}"
+            raise InputError(words, fix="choose another codec")
+        found = self.inner.encode(along_Nr, weights_N)
         return {"axes": axes_Dr, **{f"along_{name}": array for name, array in found.items()}}
 
     @property

@@ -188,13 +188,18 @@ class Work:
 
     def sweep(self, trials: int, until: float = math.inf, *, race: bool = False) -> Sweep:
         """The search's trials; each is told to the forecast, too. until: see `Sweep`. race: see `race.py`."""
+
+        def heard(trial: Trial) -> None:
+            self.forecast.learn(trial)
+            self.judge.hear(trial)
+
         return Sweep(
             self.searcher,
             self.cache,
             trials,
             describe=self.judge.line,
             usual=self.usual,
-            heard=self.forecast.learn,
+            heard=heard,
             until=until,
             beside=self.forecast.rival if race else None,
         )

@@ -65,11 +65,14 @@ class Judge:
         cost = self.bill(metrics).total
         return Value(metrics[self.metric], metrics["p99"] + self.overhead, metrics["bytes"], cost)
 
+    def hear(self, trial: Trial) -> None:
+        """Of every trial once, before its line; also of those that were finished before."""
+        if trial.hash == self.reference and trial.error is None:
+            self.plain = self.value(trial).quality
+
     def line(self, trial: Trial) -> str:
         """Of the progress table: quality, its loss, latency with interval, bytes, what is exceeded."""
         value, timed = self.value(trial), trial.detail.get("latency", {})
-        if trial.hash == self.reference:
-            self.plain = value.quality
         loss = f" ({value.quality / self.plain - 1:+.1%})" if self.plain else ""
         over = self.budget.over(value)
         said = "fits" if not over else "over " + " and ".join(over)

@@ -61,8 +61,8 @@ def search_recipe(
     rule = None if halving is None else dataclasses.asdict(halving)
     context = {"dataset": dataset.hash, "given": dict(given), "metric": metric, "halving": rule,
                "versions": versions()}  # fmt: skip
-    cache = open_cache(target, context)
-    started = TrialCache(cache.place / "started", context)
+    cache = open_cache(target, context, holds=space.holds)
+    started = TrialCache(cache.place / "started", context, space.holds)
     keeper = _Keeper(target, cache, metric, goal)
     sweep = Sweep(
         ConstrainedSearcher(space, {metric: goal}, seed=seed),

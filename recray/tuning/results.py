@@ -25,21 +25,25 @@ from recray.tuning.trial import Trial, TrialCache, file_bytes
 
 
 def open_cache(
-    out: str | os.PathLike[str] | Place, context: Mapping[str, Any], folder: str = "trials"
+    out: str | os.PathLike[str] | Place,
+    context: Mapping[str, Any],
+    folder: str = "trials",
+    *,
+    holds: Callable[[Mapping[str, Any]], bool] = lambda point: True,
 ) -> TrialCache:
     """The trials that wait beside `out`; those of a search that is finished there are taken over.
 
-    Raises InputError, before any work, when `out` cannot be written.
+    holds: see `TrialCache`. Raises InputError, before any work, when `out` cannot be written.
     """
     target = place(out)
     check_writable(target)
-    cache = TrialCache(waiting(target) / folder, context)
+    cache = TrialCache(waiting(target) / folder, context, holds)
     try:
         done = open_artefact(target, "search", verify=False)
     except ArtefactError:
         return cache
     known = {trial.hash for trial in cache.load()}
-    for trial in TrialCache(done.place / folder, context).load():
+    for trial in TrialCache(done.place / folder, context, holds).load():
         if trial.hash not in known:
             cache.keep(trial)
     return cache
@@ -47,8 +51,9 @@ def open_cache(
 
 def waiting(out: Place) -> Place:
     """The folder beside `out` that a search uses until its artefact stands, and a killed one leaves."""
-    folder, _, name = out.uri.rstrip("/").rpartition("/")
-    return place(f"{folder}/.{name}.search")
+    address, mark, query = out.uri.partition("?") if out.remote else (out.uri, "", "")
+    folder, _, name = address.rstrip("/").rpartition("/")
+    return place(f"{folder}/.{name}.search{mark}{query}")
 
 
 def write_search(

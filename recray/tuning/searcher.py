@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from recray.errors import ConfigError
 from recray.manifest import digest
 from recray.tuning.space import Dimension, Point, Scalar, Space
 
@@ -53,6 +54,8 @@ class ConstrainedSearcher:
         sampler: Literal["gp", "tpe"] = "gp",
         startup: int = 6,
     ) -> None:
+        if not 0 <= seed < 1 << 32:
+            raise ConfigError(f"seed is {seed}", fix="give a whole number from 0 to below 2**32")
         self.space, self.goals, self.limits = space, dict(goals), dict(limits or {})
         self.rejected = 0  # suggestions left out because their bound is over a limit
         self.canonical = canonical or dict

@@ -206,7 +206,7 @@ class Sweep:
         ended = {trial.hash for trial in self.trials}
         begun = [] if self._started is None else self._started.load()
         for trial in begun:
-            if trial.hash in ended or not self.searcher.space.holds(trial.point):
+            if trial.hash in ended:
                 continue
             if trial.detail.get("values"):
                 self._place(trial)

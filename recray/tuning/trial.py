@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,19 +43,23 @@ class TrialCache:
     """The folder `place` of trial files; those of other contexts lie beside and are not seen.
 
     context: what else than the point decides the outcome (hashes of inputs, settings of the
-    measurement, versions), as JSON.
+    measurement, versions), as JSON. holds: whether a point is looked for; the others' trials are not seen.
     """
 
-    def __init__(self, place: Place, context: Mapping[str, Any]) -> None:
-        self.place = place
-        self.context = digest(context)
+    def __init__(
+        self,
+        place: Place,
+        context: Mapping[str, Any],
+        holds: Callable[[Mapping[str, Any]], bool] = lambda point: True,
+    ) -> None:
+        self.place, self.context, self.holds = place, digest(context), holds
 
     def hash(self, point: Mapping[str, Scalar]) -> str:
         """The name of a point's trial, 64 hex digits."""
         return digest({"context": self.context, "point": dict(point)})
 
     def load(self) -> list[Trial]:
-        """The finished trials of this context, oldest number first; damaged files are passed over."""
+        """The finished trials that are seen, oldest number first; damaged files are passed over."""
         found = []
         for name in self._names():
             try:
@@ -64,6 +68,7 @@ class TrialCache:
                     found.append(Trial(**raw))
             except (ValueError, TypeError, KeyError, AttributeError, OSError):
                 continue  # half a file of a crashed machine is a trial that was not finished
+        found = [trial for trial in found if self.holds(trial.point)]
         return sorted(found, key=lambda trial: (trial.number, trial.hash))
 
     def keep(self, trial: Trial) -> None:

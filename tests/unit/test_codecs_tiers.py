@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from recray.compression.codec import encode_table
+from recray.errors import InputError
 
 SPLIT = "tiers:head=f32,head_share=0.1,middle=int8,middle_share=0.25,tail=int4"
 
@@ -56,3 +57,10 @@ def test_the_axes_follow_what_is_wanted() -> None:
     found = encode_table("low-rank:share=0.25,values=f32", table, wanted).dense()
     torch.testing.assert_close(found[:50], table[:50])
     assert not found[50:].any()
+
+
+def test_rows_too_long_for_half_precision_along_an_axis_are_refused() -> None:
+    table = torch.full((3, 64), 2e4)  # each number is in reach of f16, the length of a row is not
+    assert encode_table("f16", table).dense().isfinite().all()
+    with pytest.raises(InputError, match="along the axes is too large for f16"):
+        encode_table("low-rank:values=f16", table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 
 from recray.errors import ConfigError, RecrayError
 from recray.manifest import Artefact, open_artefact, write_artefact
-from recray.storage import Place
+from recray.storage import Place, place
 from recray.tuning import recipes
 from recray.tuning.halving import Halving
 from recray.tuning.recipes import search_recipe
+from recray.tuning.results import waiting
 from recray.tuning.space import Point
 
 SPACE = ["train.lr=1e-4..1e-1@log", "options.dim=8,16,32"]
@@ -156,6 +158,30 @@ def test_a_metric_that_training_does_not_measure_is_one_line(dataset: Artefact, 
 def test_a_space_that_cannot_be_read_is_refused_before_any_work(dataset: Artefact, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="lower end first"):
         search_recipe(Pretend(), ["a=2..1"], dataset=dataset, out=tmp_path / "t", given={})
+
+
+def test_another_space_is_searched_anew_and_keeps_what_lies_in_it(dataset: Artefact, tmp_path: Path) -> None:
+    tune = partial(search_recipe, dataset=dataset, out=tmp_path / "tuned", given={})
+    lr = "train.lr=1e-4..1e-1@log"
+    tune(Pretend(), [lr, "options.dim=16"], trials=4)
+    other = Pretend()
+    made = tune(other, [lr, "options.dim=32,64"], trials=4)
+    assert len(other.asked) == 4 == len(trials_of(made))
+    wider = Pretend()
+    made = tune(wider, [lr, "options.dim=32,64,128"], trials=5)
+    assert len(wider.asked) == 1
+    assert len(trials_of(made)) == 5
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 32])
+def test_a_seed_that_no_generator_takes_is_refused(dataset: Artefact, tmp_path: Path, seed: int) -> None:
+    with pytest.raises(ConfigError, match="seed"):
+        search(dataset, tmp_path / "tuned", Pretend(), seed=seed)
+
+
+def test_what_waits_beside_an_object_store_s_out_is_in_the_same_store() -> None:
+    out = place("s3://bucket/runs/small?region=eu-west-1&scheme=http")
+    assert waiting(out).uri == "s3://bucket/runs/.small.search?region=eu-west-1&scheme=http"
 
 
 def test_trials_of_another_metric_are_not_taken_over(dataset: Artefact, tmp_path: Path) -> None:
