@@ -200,7 +200,7 @@ def sequence_batches(
 
     ordered: a target follows its inputs; else all of a window is to be told from a random half of it.
     """
-    drawer = None if negatives is None else _Drawer(negatives, histories, n_items)
+    drawer = None if negatives is None else _Drawer(negatives, histories, n_items, ordered)
     cut = windows(histories, max_len, ordered=ordered)
     for step in steps(cut, batch_size, epoch=epoch, seed=seed, skip=skip):
         # repeated where a step has fewer windows than ranks, so that no rank has an empty share
@@ -234,12 +234,16 @@ def sequence_batches(
 class _Drawer:
     """Draws negatives. Holds the cumulative law of one draw, float64[N], unless it is uniform."""
 
-    def __init__(self, how: Negatives, histories: Histories, n_items: int) -> None:
+    def __init__(self, how: Negatives, histories: Histories, n_items: int, ordered: bool) -> None:
         self.how, self.items, self.n_items = how, histories.items, n_items
         self.law: NDArray[np.float64] | None = None
         if how.sampling != "uniform":
+            counts = frequencies(histories.items, n_items)
+            if how.sampling == "in-batch":  # what is drawn from is targets: see `Windows`
+                never = histories.offsets[:-1][histories.lengths > 0 if ordered else histories.lengths == 1]
+                counts -= np.bincount(histories.items[never], minlength=n_items)
             power = 1.0 if how.sampling == "in-batch" else how.power
-            self.law = _cumulative(histories.items, n_items, power, how.uniform_share)
+            self.law = _cumulative(counts, power, how.uniform_share)
 
     def __call__(self, step: Step, rng: np.random.Generator) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """(rows int64[S], log of how often each is expected among them float32[S])"""
@@ -276,12 +280,12 @@ def frequencies(items: NDArray[np.int32], n_items: int) -> NDArray[np.int64]:
     return made
 
 
-def _cumulative(items: NDArray[np.int32], n_items: int, power: float, uniform: float) -> NDArray[np.float64]:
-    """float64[N]: how likely one draw is an item up to each, by frequency ** power mixed with uniform."""
-    law = frequencies(items, n_items).astype(np.float64)
+def _cumulative(counts: NDArray[np.int64], power: float, uniform: float) -> NDArray[np.float64]:
+    """float64[N]: how likely one draw is an item up to each, by counts ** power mixed with uniform."""
+    law: NDArray[np.float64] = counts / max(counts.max(initial=0), 1)  # no power of it overflows
     law **= power
     law *= (1 - uniform) / max(law.sum(), 1e-12)
-    law += uniform / n_items
+    law += uniform / len(law)
     np.cumsum(law, out=law)
     law /= law[-1] or 1.0  # of an empty log
     return law

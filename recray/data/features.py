@@ -111,6 +111,20 @@ def _there(file: Any) -> Place:
     return where
 
 
+def _without_views(table: Any) -> Any:
+    """The same in types that Arrow has functions for; other writers' texts may come as views."""
+
+    def plain(kind: Any) -> Any:
+        if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+            made = pa.list_ if pa.types.is_list(kind) else pa.large_list
+            return made(plain(kind.value_type))
+        if kind == pa.string_view():
+            return pa.large_string()
+        return pa.large_binary() if kind == pa.binary_view() else kind
+
+    return table.cast(pa.schema([(field.name, plain(field.type)) for field in table.schema]))
+
+
 def _table(where: Place, role: str) -> tuple[Any, int]:
     magic = files.first_bytes(where)
     if not magic:
@@ -118,7 +132,7 @@ def _table(where: Place, role: str) -> tuple[Any, int]:
     try:
         if magic.startswith(b"PAR1"):
             with where.open() as file:
-                return pq.read_table(file), 0
+                return _without_views(pq.read_table(file)), 0
         text, _ = files.head(where, files.compression_of(where, magic), 1 << 62)
         try:
             text.decode()

@@ -204,8 +204,22 @@ def test_in_batch_negatives_are_targets_of_the_batch() -> None:
     histories = Histories.of([[7, 1, 2], [8, 2, 3]])
     (batch,) = epoch(histories, batch_size=9, negatives=Negatives(9, "in-batch"))
     assert set(batch.negatives) <= {1, 2, 3}
-    share = np.bincount(histories.items, minlength=10) / len(histories.items)
+    share = np.array([0, 1, 2, 1]) / 4
     np.testing.assert_allclose(batch.log_q, np.log(9 * share[batch.negatives]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_log_q_of_in_batch_negatives_knows_what_is_never_a_target(ordered: bool) -> None:
+    """What users begin with is drawn no more often than it is a target."""
+    histories = Histories.of([[0]] * 30 + [[1, 2, 3, 2], [1, 3, 2, 4]] * 20)
+    how = Negatives(4, "in-batch", uniform_share=0.3)
+    seen, said, steps = np.zeros(10), np.zeros(10), 0
+    for number in range(300):
+        for batch in epoch(histories, epoch=number, batch_size=8, negatives=how, ordered=ordered):
+            np.add.at(seen, batch.negatives, 1)
+            said[batch.negatives] = np.exp(batch.log_q)
+            steps += 1
+    np.testing.assert_allclose(seen / steps, said, rtol=0.2)
 
 
 def test_chances_are_uniform_and_belong_to_their_place() -> None:

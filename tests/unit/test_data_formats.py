@@ -84,11 +84,13 @@ def test_compressed(tmp_path: Path, suffix: str) -> None:
     assert content(prepare(tmp_path / f"log.csv{suffix}", out=tmp_path / "out", split="none")) == WANT
 
 
-@pytest.mark.parametrize("kind", ["string", "dictionary", "timestamp", "integers"])
+@pytest.mark.parametrize("kind", ["string", "dictionary", "timestamp", "integers", "views"])
 def test_parquet(tmp_path: Path, kind: str) -> None:
     user, item, weight, time = (pa.array(column) for column in zip(*ROWS))
     if kind == "dictionary":
         user, item = user.dictionary_encode(), item.dictionary_encode()
+    if kind == "views":
+        user, item = user.cast(pa.string_view()), item.cast(pa.string_view())
     if kind == "timestamp":
         time = time.cast(pa.timestamp("s")).cast(pa.timestamp("us", tz="UTC"))
     if kind == "integers":
@@ -98,6 +100,16 @@ def test_parquet(tmp_path: Path, kind: str) -> None:
     data = prepare(tmp_path / "log.parquet", out=tmp_path / "out", split="none")
     names = {"ann": "1", "bob": "2"} if kind == "integers" else {"ann": "ann", "bob": "bob"}
     assert content(data) == [(names[u], i, w, t) for u, i, w, t in WANT]
+
+
+def test_features_of_any_kind_of_text(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_bytes(text(","))
+    view, words = pa.string_view(), [["a"], [], None]
+    items = {"item": pa.array(["8", "007", "9"]).cast(view), "tags": pa.array(words, pa.list_(view))}
+    pq.write_table(pa.table(items), tmp_path / "items.parquet")
+    data = prepare(tmp_path / "log.csv", items=tmp_path / "items.parquet", out=tmp_path / "out", split="none")
+    assert data.item_features is not None
+    assert data.item_features.column("tags").to_pylist() == [[], None, ["a"], None]
 
 
 def test_sequences_a_line(tmp_path: Path) -> None:

@@ -189,6 +189,7 @@ def test_half_precision_trains(kind: str) -> None:
         ("two-tower", {"units": 0}),
         *((kind, {"uniform_share": 1.5}) for kind in KINDS),
         *((kind, {"dropout": 1.0}) for kind in KINDS),
+        *((kind, {"power": -0.5}) for kind in KINDS),
         *((kind, {"max_len": 0}) for kind in KINDS),
     ],
     ids=str,
@@ -260,10 +261,10 @@ def test_mixed_negatives_are_drawn_as_often_as_is_said(sampling: Any) -> None:
     how = Negatives(5, sampling, uniform_share=0.25)
     seen, said = np.zeros(6), np.zeros(6)
     steps = 0
-    for batch in sequence_batches(histories, 6, max_len=3, batch_size=4, epoch=0, seed=0, negatives=how):
-        np.add.at(seen, batch.negatives, 1)
-        said[batch.negatives] = np.exp(batch.log_q)
-        steps += 1
+    for n in range(4):
+        for batch in sequence_batches(histories, 6, max_len=3, batch_size=4, epoch=n, seed=0, negatives=how):
+            np.add.at(seen, batch.negatives, 1)
+            said[batch.negatives] = np.exp(batch.log_q)
+            steps += 1
     assert said[5] == pytest.approx(5 * 0.25 / 6, rel=1e-5)
-    # in a batch only what has something before it is drawn: near the frequency, not at it
-    np.testing.assert_allclose(seen / steps, said, rtol=0.3 if sampling == "in-batch" else 0.15)
+    np.testing.assert_allclose(seen / steps, said, rtol=0.15)
