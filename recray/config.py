@@ -139,8 +139,8 @@ def _one_of(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
 
 def _scalar(hint: Any, value: Any, path: str) -> Any:
     if hint is bool:
-        if isinstance(value, bool):
-            return value
+        if isinstance(value, bool) or value in (0, 1):
+            return bool(value)
         if isinstance(value, str) and value.lower() in ("true", "false", "yes", "no", "1", "0", "on", "off"):
             return value.lower() in ("true", "yes", "1", "on")
     elif hint is int:
@@ -151,8 +151,10 @@ def _scalar(hint: Any, value: Any, path: str) -> Any:
             return int(value) if isinstance(value, str) and value.lstrip("+-").isdigit() else int(number)
     elif hint is float:
         number = _number(value)
-        if number == number:  # no setting means NaN
+        if math.isfinite(number):  # JSON, and so a manifest, holds no other
             return number
+    elif hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)  # a word that looks like a number, such as a column's position
     elif isinstance(hint, type) and isinstance(value, hint):
         return value
     name = getattr(hint, "__name__", str(hint))

@@ -77,8 +77,8 @@ class BPR(Retriever):
         for name in ("dim", "epochs", "batch", "draws", "anchors", "steps"):
             if getattr(config, name) < 1:
                 raise ConfigError(f"options.{name} is {getattr(config, name)}", fix="it must be 1 or more")
-        if not (config.reg > 0 and config.lr > 0):
-            raise ConfigError("lr and reg must be above 0", where="options")
+        if not (config.reg > 0 and config.lr > 0 and config.std >= 0):
+            raise ConfigError("lr and reg must be above 0, std at least 0", where="options")
         if not 0 <= config.adversarial < 1:
             raise ConfigError(
                 f"options.adversarial is {config.adversarial}", fix="it must be from 0 to below 1"

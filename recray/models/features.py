@@ -68,7 +68,6 @@ class FeatureRanker(TrainedRanker):
         heads: int = 2
         init: float = 0.05  # deviation of the first vectors
         norm: Literal["each", "pair", "off"] = "each"  # of the vectors that are crossed, see `Fields`
-        dropout: float = 0.1
         loss: Literal["sampled", "bce", "bpr", "labels"] = "sampled"
         label_above: float = 0.0  # of labels: the weight above which an interaction was wanted
 

@@ -21,7 +21,6 @@ Shapes: U users, N items, D dims, B rows.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -68,10 +67,10 @@ class IALS(Retriever):
         super().__init__(catalogue, config)
         if min(config.dim, config.sweeps, config.steps) < 1:
             raise ConfigError("dim, sweeps and steps must be at least 1", where="options")
-        most = {"reg": math.inf, "unobserved": math.inf, "nu": 2.0}  # floats hold no high powers of counts
-        for name, bound in most.items():
-            if not 0 <= getattr(config, name) <= bound:
-                raise ConfigError(f"{name} must be within 0 and {bound:g}", where="options")
+        if config.reg <= 0 or min(config.unobserved, config.std) < 0:
+            raise ConfigError("reg must be above 0, unobserved and std at least 0", where="options")
+        if not 0 <= config.nu <= 2:  # floats hold no high powers of numbers of items
+            raise ConfigError(f"nu is {config.nu}, not within 0 and 2", where="options")
         self.tables["item"] = DenseTable(catalogue.n_items, config.dim, std=config.std * config.dim**-0.5)
         self.gram: Tensor  # a H^T H of the trained items, float32[D, D]
         self.register_buffer("gram", torch.zeros(config.dim, config.dim))

@@ -58,6 +58,7 @@ class TrainedRanker(Ranker):
     class Config(ModelConfig):
         max_len: int = 50
         loss: Any = "sampled"
+        dropout: float = 0.1
         negatives: int = 64  # shared by the positions of a step
         power: float = 0.5  # they are drawn by frequency ** power ...
         uniform_share: float = 0.2  # ... this share of them uniformly
@@ -73,6 +74,8 @@ class TrainedRanker(Ranker):
             raise ConfigError("max_len and negatives must be at least 1, hard at least 0", where="options")
         if not (0 <= config.unknown < 1 and 0 <= config.uniform_share <= 1):
             raise ConfigError("unknown and uniform_share are shares, within 0 and 1", where="options")
+        if config.power < 0 or not 0 <= config.dropout < 1:
+            raise ConfigError("power must be at least 0 and dropout lie in [0, 1)", where="options")
         if config.propensity and config.propensity not in catalogue.context:
             raise ConfigError(
                 f"options.propensity is {config.propensity!r}, which is no context column of the dataset",

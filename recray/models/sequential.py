@@ -85,6 +85,8 @@ class Sequential(Retriever):
             raise ConfigError("dim, max_len and negatives must be at least 1", where="options")
         if not (0 <= config.uniform_share <= 1 and 0 <= config.dropout < 1):
             raise ConfigError("uniform_share must lie in [0, 1] and dropout in [0, 1)", where="options")
+        if config.power < 0:
+            raise ConfigError(f"power is {config.power}, below 0", where="options")
         self.tables["item"] = DenseTable(catalogue.n_items, config.dim, std=0.02)
 
     # -- training --------------------------------------------------------------------------------

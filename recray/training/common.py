@@ -79,7 +79,8 @@ class CommonTable(ShardedTable):
         super().send_back()
 
     def step(self, lr: float, *, batches: int = 1, number: int = 0) -> None:
-        one = len(self._routes) == 1 and not self._sent and self._whole is None
+        sparse = self._whole is None and self._sent_whole is None
+        one = len(self._routes) == 1 and not self._sent and sparse
         if one and not self.optimizer.l2:
             self._step_in_place(self._routes[0], lr, 1 / (self.wire.size * batches), number)
             self.forget()

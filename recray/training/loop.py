@@ -57,6 +57,7 @@ T = TypeVar("T")
 Report = Callable[[EpochReport | None, State], None]  # None: a state in the middle of an epoch
 Identity = Mapping[str, str]
 
+_LONGEST = 10_000  # items of a list that is measured after an epoch
 _DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -333,9 +334,9 @@ class _Run:
 
     def _metric(self, top_k: TopK, cases: Cases) -> float:
         """The sum of the metric over these users."""
-        cutoff = self.train.metric.partition("@")[2]
-        ks = (int(cutoff) if cutoff.isdigit() and int(cutoff) else 10,)
-        values = evaluate(top_k, cases, ks=ks).values
+        words = self.train.metric.partition("@")[2]
+        cutoff = int(words) if words.isdigit() else 0
+        values = evaluate(top_k, cases, ks=(cutoff if 0 < cutoff <= _LONGEST else 10,)).values
         if self.train.metric not in values:
             known = ", ".join(sorted(values))
             raise ConfigError(

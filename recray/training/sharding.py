@@ -76,6 +76,7 @@ class ShardedTable(Table):
         # own rows, their gradients and, of one rank, what they hold: of the batches since the last step
         self._sent: list[tuple[Tensor, Tensor, Tensor | None]] = []
         self._whole: Tensor | None = None  # float32[n, D], from losses that read every row
+        self._sent_whole: Tensor | None = None  # the same of batches that are done
 
     # -- forward -----------------------------------------------------------------------------------
     def forward(self, rows: Tensor) -> Tensor:
@@ -222,12 +223,15 @@ class ShardedTable(Table):
             rows = route.rows[int(route.padded) :] if alone and route.rows is not None else None
             self._sent.append((route.local, got, rows))
         self._routes.clear()
+        if self._whole is not None:
+            self._sent_whole = self._whole if self._sent_whole is None else self._sent_whole.add_(self._whole)
+            self._whole = None
 
     def forget(self) -> None:
         """Drop what was read and not stepped on."""
         self._routes.clear()
         self._sent.clear()
-        self._whole = None
+        self._whole = self._sent_whole = None
 
     def step(self, lr: float, *, batches: int = 1, number: int = 0) -> None:
         """One step of the optimizer on the mean gradient over the ranks and `batches`.
@@ -236,12 +240,13 @@ class ShardedTable(Table):
         """
         self.send_back()
         scale, noise = 1 / (self.wire.size * batches), Noise(number, self.start)
-        if self._whole is None and self.optimizer.l2:
-            self._whole = torch.zeros(*self.weight.shape, device=self.device)
-        if self._whole is not None:
+        whole = self._sent_whole
+        if whole is None and self.optimizer.l2:
+            whole = torch.zeros(*self.weight.shape, device=self.device)
+        if whole is not None:
             for local, grad, _ in self._sent:
-                self._whole.index_add_(0, local, grad)
-            self.optimizer.step_all(self.weight, self.slots, self._whole, lr, noise, scale)
+                whole.index_add_(0, local, grad)
+            self.optimizer.step_all(self.weight, self.slots, whole, lr, noise, scale)
         elif self._sent:
             touched, grad, rows = self._sent[0]
             if len(self._sent) > 1 or self.wire.size > 1:

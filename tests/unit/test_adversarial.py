@@ -91,6 +91,31 @@ def test_rows_are_what_they_were_after_it_and_the_loss_was_higher(loss: str) -> 
     assert torch.equal(model.loss(batch), first)
 
 
+@pytest.mark.parametrize("loss", ["softmax", "sampled"])
+def test_a_batch_is_perturbed_by_its_own_gradients(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not by those of the batches before it in its step."""
+    told: list[list[torch.Tensor]] = []
+
+    def spied(rows: torch.Tensor, grads: torch.Tensor, size: float) -> torch.Tensor:
+        told[-1].append(grads.clone())
+        return fgsm(rows, grads, size)
+
+    monkeypatch.setattr("recray.training.adversarial.fgsm", spied)
+    for skipped in (1, 0):
+        model = fresh(loss=loss)
+        drawn = model.batches(DATA, batch_size=16, epoch=1, seed=0, rank=0, world=1)  # type: ignore[arg-type]
+        (table,) = shard(model, AloneWire(), RowOptimizer("sgd")).values()
+        told.append([])
+        for batch in list(islice(drawn, 2))[skipped:]:
+            told[-1].clear()
+            model.loss(batch).backward()  # type: ignore[no-untyped-call]
+            with perturbed([table], SIZE):
+                model.loss(batch).backward()  # type: ignore[no-untyped-call]
+            table.send_back()
+    for alone, behind in zip(*told, strict=True):
+        torch.testing.assert_close(alone, behind)
+
+
 def noisy(rows: torch.Tensor, size: float) -> torch.Tensor:
     """Moved as far as an attack moves them, anywhere."""
     away = torch.nn.functional.normalize(torch.randn(rows.shape, generator=torch.manual_seed(1)), dim=1)

@@ -36,6 +36,8 @@ def test_build_makes_nested_values_of_the_right_types() -> None:
         {"name": "x", "count": "4", "maybe": None, "sizes": [5, "6"], "inner": {"rate": 1, "on": "yes"}},
     )
     assert made == Outer(name="x", count=4, sizes=(5, 6), inner=Inner(rate=1.0, on=True))
+    bare = config.build(Outer, {"name": 3, "inner": {"on": 1}})  # as words in a mapping are read
+    assert bare == Outer(name="3", inner=Inner(on=True))
     assert config.build(Outer, config.as_dict(made)) == made
 
 
@@ -50,11 +52,14 @@ def test_build_makes_nested_values_of_the_right_types() -> None:
         ({"name": "x", "count": True}, "count is True"),
         ({"name": "x", "kind": "c"}, "choose one of a, b"),
         ({"name": "x", "inner": {"rate": "nan"}}, "inner.rate is 'nan'"),
+        ({"name": "x", "inner": {"rate": "inf"}}, "inner.rate is 'inf'"),
+        ({"name": "x", "inner": {"rate": float("-inf")}}, "inner.rate is -inf"),
+        ({"name": True}, "name is True"),
+        ({"name": "x", "inner": {"on": 2}}, "inner.on is 2"),
         ({"name": "x", "inner": {"rate": True}}, "inner.rate is True"),
         ({"name": "x", "inner": {"on": "perhaps"}}, "inner.on is 'perhaps'"),
         ({"name": "x", "inner": 3}, "inner must be a group"),
         ({"name": "x", "free": 3}, "free must be a mapping"),
-        ({"name": 3}, "name is 3"),
         ({"name": "x", "sizes": "1,b"}, "sizes is 'b'"),
         ({}, "incomplete settings Outer"),
     ],

@@ -182,7 +182,7 @@ def test_the_hardest_of_several_draws_is_weighed_as_often_as_it_is_drawn() -> No
 
 
 @pytest.mark.parametrize(
-    "changes", [{"dim": 0}, {"epochs": 0}, {"reg": 0.0}, {"lr": 0.0}, {"adversarial": -1.0}]
+    "changes", [{"dim": 0}, {"epochs": 0}, {"reg": 0.0}, {"lr": 0.0}, {"std": -1.0}, {"adversarial": -1.0}]
 )
 def test_numbers_that_make_no_model_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):

@@ -124,7 +124,9 @@ def test_columns_keep_their_tables_in_any_order() -> None:
     torch.testing.assert_close(left.score(one, all_items, given), right.score(one, all_items, given))
 
 
-@pytest.mark.parametrize("changes", [{"dim": 6}, {"hidden": ()}, {"negatives": 0}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"dim": 6}, {"hidden": ()}, {"negatives": 0}, {"dropout": 1.0}, {"power": -0.5}], ids=str
+)
 def test_numbers_that_make_no_model_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         small(**changes)
