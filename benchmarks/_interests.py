@@ -1,6 +1,8 @@
 """MIND beside its own one-interest version: the synthetic world, whose users have several, and Amazon Beauty.
 
-Both have the same settings but for the number of interests; the interval is of the paired difference.
+Both have the same settings but for the number of interests; the interval is of the paired difference. The
+world is taken twice: at the recipe's width, where one vector has room for the sum of a user's interests,
+and at a quarter of it.
 """
 
 from __future__ import annotations
@@ -33,20 +35,22 @@ def world(out: Path) -> Dataset:
     return prepare(out / "log.parquet", items=out / "items.parquet", out=out / "data")
 
 
-WORKS: dict[str, tuple[Callable[[Path], Dataset], str, int]] = {  # ..., recipe, seeds
-    "synthetic world": (world, "mind", 3),
-    "s3rec_beauty": (s3rec_beauty, "mind@s3rec_beauty", 1),
+WORKS: dict[str, tuple[Callable[[Path], Dataset], str, tuple[str, ...], int]] = {  # ..., recipe, seeds
+    "synthetic world": (world, "mind", (), 3),
+    "synthetic world, d = 16": (world, "mind", ("options.dim=16",), 3),
+    "s3rec_beauty": (s3rec_beauty, "mind@s3rec_beauty", (), 1),
 }
 
 
 def interest_rows(scratch: Path, quick: bool, only: str = "") -> Iterator[Row]:
     """Several interests beside one."""
-    for work, (prepared, name, seeds) in WORKS.items():
+    for work, (prepared, name, width, seeds) in WORKS.items():
         if only not in work or (work == "s3rec_beauty" and (quick or not there(work))):
             continue
-        data = prepared(scratch / work.replace(" ", "-"))
+        place = scratch / work.replace(" ", "-")
+        data = prepared(place / "data")
         several, one = (
-            _reports(data, name, changes, scratch, range(1 if quick else seeds), quick)
+            _reports(data, name, [*width, *changes], place, range(1 if quick else seeds), quick)
             for changes in ([], ["options.interests=1"])
         )
         means = [report.means["ndcg@10"] for report in several]
@@ -63,6 +67,7 @@ def interest_rows(scratch: Path, quick: bool, only: str = "") -> Iterator[Row]:
             peer_value=theirs.means["ndcg@10"],
             given={
                 "recipe": name,
+                "set": list(width),
                 "gained": [round(value, 5) for value in (gained.mean, gained.low, gained.high)],
                 "each": [round(value, 5) for value in means],
                 "each_of_one": [round(report.means["ndcg@10"], 5) for report in one],
