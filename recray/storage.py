@@ -200,7 +200,10 @@ def check_writable(out: str | os.PathLike[str] | Place) -> None:
 
 
 def _not_ours(target: Place) -> str:
-    """The name of a file in a folder that is no part of a result of ours; "" where there is nothing."""
+    """The name of something in a folder that is no part of a result of ours; "" where there is nothing.
+
+    Folders without a file are no part of ours where nothing else is there.
+    """
     if target.remote:
         start = len(target.path.rstrip("/")) + 1
         names = sorted(path[start:] for path in _others(target))
@@ -208,7 +211,8 @@ def _not_ours(target: Place) -> str:
         files = (path for path in target.local.rglob("*") if path.is_symlink() or not path.is_dir())
         names = sorted(path.relative_to(target.local).as_posix() for path in files)
     if not names:
-        return ""
+        there = [] if target.remote or not target.local.is_dir() else sorted(target.local.iterdir())
+        return there[0].name if there else ""
     try:
         raw = json.loads((target / MANIFEST).read_bytes())
         ours = {*raw["files"], MANIFEST, SIGNATURE} if {"format", "kind", "checksum"} <= raw.keys() else set()

@@ -292,9 +292,10 @@ class Bundle(Front):
         if row >= self.known:  # nothing was learned of it yet
             return Why(item, 0.0, 0.0, False, [], self.generation)
         history_1, barred = Histories.of([asked.history]), Histories.of([asked.exclude])
-        depth = self.recommender.depth(asked.k, asked.rules)
-        among = self.recommender.retrieve(history_1, depth, barred, self.allowed(asked))
-        found = self.recommender.why(history_1, row, self.context(asked), among)
+        made, among = self.recommender, None
+        if made.ranker is not None and 0 < made.blend < 1:
+            among = made.retrieve(history_1, made.depth(asked.k, asked.rules), barred, self.allowed(asked))
+        found = made.why(history_1, row, self.context(asked), among)
         known = self.items.ids_of(found.rows) if found.kind == "history" else [""] * len(found.rows)
         reasons = [
             Reason(float(weight), name, self.shared(row, int(other)) if name else {})

@@ -81,7 +81,8 @@ class SqliteStore:
         self._all: list[sqlite3.Connection] = []
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            os.close(os.open(self._path, os.O_RDWR | os.O_CREAT, 0o600))
+            with contextlib.suppress(FileExistsError):  # closing it would end this process's locks on it
+                os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
             self._path.chmod(0o600)  # SQLite gives what it writes beside it the same rights
             self._connection()
         except (OSError, sqlite3.Error) as error:

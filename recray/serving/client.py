@@ -192,7 +192,7 @@ def _error(error: urllib.error.HTTPError, url: str, fix: str) -> RecrayError:
     try:
         told = json.loads(error.read())["error"]
         words, where = str(told["message"]), told.get("where") or url
-    except (ValueError, LookupError, TypeError, OSError):
+    except (ValueError, LookupError, TypeError, OSError, http.client.HTTPException):
         words, where = f"answered {error.code} {error.reason}", url
     if error.code in (401, 403):
         return InputError(words, where=url, fix=fix)

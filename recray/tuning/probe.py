@@ -107,7 +107,7 @@ def timed(
         "p99": p99,
         "low": low,
         "high": high,
-        "narrow": high - low <= effort.width * p99,
+        "narrow": done >= effort.least and high - low <= effort.width * p99,
         "cpu": round(min(cpu / wall, 1.0), 4),
         "repeats": done,
         "seconds": round(wall, 3),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -218,3 +220,33 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:
     assert store.histories(["u"]) == [[]]
     assert store.append([Event("u", "i", 1.0, "e1")]) == [True]
     store.close()
+
+
+SECOND = """
+import sys
+from pathlib import Path
+from recray.feedback.events import Event
+from recray.feedback.store import SqliteStore
+
+store = SqliteStore(Path(sys.argv[1]))
+for id_ in sys.argv[2:]:
+    store.append([Event("u", "i", 1.0, id_)])
+print(len(store.histories(["u"])[0]))
+store.close()
+"""
+
+
+def test_a_store_beside_another_of_its_process_loses_nothing_of_it(tmp_path: Path) -> None:
+    """SQLite's locks are the process's: to open and close the file elsewhere in it ends them."""
+
+    def elsewhere(*ids: str) -> int:
+        words = [sys.executable, "-c", SECOND, str(tmp_path), *ids]
+        return int(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+
+    one = SqliteStore(tmp_path)
+    one.append([Event("u", "i", 1.0, "first")])
+    SqliteStore(tmp_path).close()
+    assert elsewhere("other") == 2
+    assert one.append([Event("u", "i", 1.0, "last")]) == [True]
+    assert elsewhere() == 3
+    one.close()

@@ -13,6 +13,7 @@ from recray.bundles.bundle import Bundle
 from recray.bundles.plan import Plan
 from recray.cli.main import main
 from recray.errors import InputError
+from recray.recommender import Recommender
 from tests.serving_bundles import checkpoint, small_dataset
 
 
@@ -60,6 +61,16 @@ def test_what_is_explained_is_the_answer_s_score(bundles: dict[str, Bundle], ask
     assert answer.items
     for item, why in zip(answer.items, answer.why, strict=True):
         assert why.score == pytest.approx(item.score, abs=1e-3)
+
+
+def test_reasons_cost_no_search_where_no_ranker_is_blended_in(
+    bundles: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    retrieve = Recommender.retrieve
+    monkeypatch.setattr(Recommender, "retrieve", lambda *given: asked.append(1) or retrieve(*given))
+    bundles["alone"].recommend(user="u3", k=5, why=True)
+    assert len(asked) == 1
 
 
 def test_reasons_name_the_features_that_both_items_have(bundles: dict[str, Bundle]) -> None:

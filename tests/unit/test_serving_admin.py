@@ -212,6 +212,7 @@ class Door(BaseHTTPRequestHandler):
 
     status, body = 200, json.dumps(TOLD).encode()
     to: str | None = None  # where a redirect leads
+    cut = False  # whether more was to come
     asked: tuple[str, str | None, Any] = ("", None, None)
 
     def do_POST(self) -> None:
@@ -224,6 +225,8 @@ class Door(BaseHTTPRequestHandler):
         self.send_response(self.status)
         if self.to is not None:
             self.send_header("location", self.to)
+        if self.cut:
+            self.send_header("content-length", str(len(self.body) + 9))
         self.end_headers()
         self.wfile.write(self.body)
 
@@ -322,6 +325,14 @@ def test_no_redirect_is_followed(door: Any, status: int, to: str) -> None:
             assert door.to in str(raised.value)
             assert "\n" not in str(raised.value)
         assert elsewhere.asked == ("", None, None), "nobody else hears of the token"
+
+
+@pytest.mark.parametrize("status", [200, 409, 500])
+def test_an_answer_that_is_cut_is_told_in_one_line(door: Any, status: int) -> None:
+    door.status, door.cut = status, True
+    with pytest.raises(RecrayError) as raised:
+        recray.ship("/b", url=door.url, token="t")
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("rest", ["[::1", "127.0.0.1:1/a b", "a b", "127.0.0.1:x", "127.0.0.1:99999", ""])

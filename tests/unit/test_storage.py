@@ -105,12 +105,14 @@ def test_other_folders_are_not_ours_to_replace(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_text("miau")
     (tmp_path / "file").write_text("x")
-    for name in ("photos", "file", "file/below"):
+    (tmp_path / "plan" / "notes").mkdir(parents=True)
+    for name in ("photos", "file", "file/below", "plan"):
         with pytest.raises(InputError, match="choose another --out"), staged(tmp_path / name):
             pytest.fail("the block must not run")
     (tmp_path / "empty").mkdir()
     check_writable(tmp_path / "empty")
     assert (tmp_path / "photos" / "cat.png").read_text() == "miau"
+    assert (tmp_path / "plan" / "notes").is_dir()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
