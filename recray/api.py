@@ -326,7 +326,7 @@ def serve(
     Args:
         config: a Serve config, see `deployments/serve`; its bundle, host and port do not count.
         host, port: beyond loopback only with a token; port 0 takes a free one, said on standard error.
-        token, token_file: what clients must send as a bearer token; also `$RECRAY_TOKEN`.
+        token, token_file: what clients must send as a bearer token; else the config's or `$RECRAY_TOKEN`.
         address: of a Ray cluster; by default $RAY_ADDRESS, else one is started for as long.
         profile: "fast" has Serve's throughput flags and HAProxy (Linux); Serve must not run already.
         p99: "50ms", for which all stages are sized together while the load changes; by default each alone.
@@ -340,12 +340,12 @@ def serve(
     """
     from recray.serving import auth
 
-    found = auth.find_token(token, None if token_file is None else os.fspath(token_file))
+    token = token if token_file is None else auth.find_token(token, os.fspath(token_file))
     where = open_any(bundle, "bundle", verify=False).place.uri
     from recray.serving.on_ray import run
 
     run(
-        where, host=host, port=port, token=found, address=address, profile=profile, p99=p99, state=state,
+        where, host=host, port=port, token=token, address=address, profile=profile, p99=p99, state=state,
         feedback=feedback, config=None if config is None else os.fspath(config))  # fmt: skip
 
 

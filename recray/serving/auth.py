@@ -6,7 +6,9 @@ import hashlib
 import hmac
 import ipaddress
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from recray.errors import InputError
 
@@ -59,6 +61,19 @@ def found_digest(given: str | None, file: str | None, *, env: str = TOKEN_ENV) -
         return given
     token = find_token(token_file=file, env=env)
     return None if token is None else digest(token)
+
+
+def with_digests(args: Mapping[str, Any], token: str | None) -> dict[str, Any]:
+    """The args of a graph, its tokens as digests alone: the token as given, else the args' own digest, else
+    that of their file, else of the environment. Raises InputError."""
+    made = dict(args)
+    if token is not None:
+        made["token_digest"] = digest(find_token(token) or "")
+    for name, env in (("token", TOKEN_ENV), ("admin_token", ADMIN_ENV)):
+        found = found_digest(made.pop(f"{name}_digest", None), made.pop(f"{name}_file", None), env=env)
+        if found is not None:
+            made[f"{name}_digest"] = found
+    return made
 
 
 def check_exposure(host: str, token_digest: str | None) -> None:

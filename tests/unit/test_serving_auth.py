@@ -21,6 +21,28 @@ def test_the_nearest_token_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert auth.find_token("given", str(file)) == "given"
 
 
+def test_of_a_graph_s_tokens_the_nearest_wins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("of-the-file\n")
+    file = {"token_file": str(tmp_path / "token"), "layout": "fused"}
+    for env in (auth.TOKEN_ENV, auth.ADMIN_ENV):
+        monkeypatch.delenv(env, raising=False)
+    assert auth.with_digests({"layout": "fused"}, None) == {"layout": "fused"}
+    monkeypatch.setenv(auth.TOKEN_ENV, "of-the-environment")
+    for args, given, wanted in (
+        ({}, None, "of-the-environment"),
+        (file, None, "of-the-file"),
+        ({**file, "token_digest": auth.digest("of-the-args")}, None, "of-the-args"),
+        ({**file, "token_digest": auth.digest("of-the-args")}, "given", "given"),
+    ):
+        made = auth.with_digests(args, given)
+        assert made.pop("token_digest") == auth.digest(wanted)
+        assert made == ({"layout": "fused"} if args else {})
+    monkeypatch.setenv(auth.ADMIN_ENV, "keeper")
+    assert auth.with_digests({}, None)["admin_token_digest"] == auth.digest("keeper")
+    with pytest.raises(InputError):
+        auth.with_digests({}, "")
+
+
 @pytest.mark.parametrize("bad", ["", "two words", "tokén", "line\nbreak"])
 def test_unusable_tokens_are_refused_without_being_shown(bad: str) -> None:
     with pytest.raises(InputError) as error:

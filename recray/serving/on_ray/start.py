@@ -66,12 +66,7 @@ def serving(
     profiles.check(profile)
     args, deployments = settings.read_file(config) if config is not None else ({}, {})
     args["bundle"] = open_artefact(place(bundle), "bundle").place.uri
-    found = auth.find_token(token, args.pop("token_file", None))
-    if found is not None:
-        args["token_digest"] = auth.digest(found)
-    keeper = auth.find_token(None, args.pop("admin_token_file", None), env=auth.ADMIN_ENV)
-    if keeper is not None:
-        args["admin_token_digest"] = auth.digest(keeper)
+    args = auth.with_digests(args, token)
     auth.check_exposure(host, args.get("token_digest"))
     p99_ms = None if p99 is None else 1e3 * parse_duration(p99, what="p99")
     own = (("state", state), ("feedback", feedback), ("p99_ms", p99_ms))
