@@ -77,7 +77,9 @@ def _set(config: T, path: list[str], text: str, full: str) -> T:
 
 
 def guess(text: str) -> Any:
-    """The value that a bare word means: none, true, 3, 0.5, [1, 2], or the word itself."""
+    """The value that a bare word means: none, true, 3, 0.5, [1, 2], or the word itself; '3' is a word."""
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return text[1:-1]
     low = text.strip().lower()
     if low in ("none", "null"):
         return None
@@ -139,8 +141,8 @@ def _one_of(kinds: tuple[Any, ...], value: Any, path: str) -> Any:
 
 def _scalar(hint: Any, value: Any, path: str) -> Any:
     if hint is bool:
-        if isinstance(value, bool) or value in (0, 1):
-            return bool(value)
+        if isinstance(value, bool):
+            return value
         if isinstance(value, str) and value.lower() in ("true", "false", "yes", "no", "1", "0", "on", "off"):
             return value.lower() in ("true", "yes", "1", "on")
     elif hint is int:
@@ -153,8 +155,6 @@ def _scalar(hint: Any, value: Any, path: str) -> Any:
         number = _number(value)
         if math.isfinite(number):  # JSON, and so a manifest, holds no other
             return number
-    elif hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)  # a word that looks like a number, such as a column's position
     elif isinstance(hint, type) and isinstance(value, hint):
         return value
     name = getattr(hint, "__name__", str(hint))

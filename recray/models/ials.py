@@ -67,10 +67,8 @@ class IALS(Retriever):
         super().__init__(catalogue, config)
         if min(config.dim, config.sweeps, config.steps) < 1:
             raise ConfigError("dim, sweeps and steps must be at least 1", where="options")
-        if config.reg <= 0 or min(config.unobserved, config.std) < 0:
-            raise ConfigError("reg must be above 0, unobserved and std at least 0", where="options")
-        if not 0 <= config.nu <= 2:  # floats hold no high powers of numbers of items
-            raise ConfigError(f"nu is {config.nu}, not within 0 and 2", where="options")
+        if min(config.reg, config.unobserved, config.std) < 0:
+            raise ConfigError("reg, unobserved and std must be at least 0", where="options")
         self.tables["item"] = DenseTable(catalogue.n_items, config.dim, std=config.std * config.dim**-0.5)
         self.gram: Tensor  # a H^T H of the trained items, float32[D, D]
         self.register_buffer("gram", torch.zeros(config.dim, config.dim))

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 Group = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
 Map = Callable[..., Iterator[Any]]  # as the builtin
 
+_LEAST = 1e-5  # of the longest row's square: less on the diagonal is none, and float32 has no solution
 _FLOATS = 1 << 22  # of the gathered rows, or of the systems, of one group
 
 
@@ -43,6 +44,7 @@ def solve(
     dim = vectors.shape[1]
     values_D, basis_DD = torch.linalg.eigh(gram_DD.double())
     values_D, basis_DD = values_D.clamp(min=0).float(), basis_DD.float()
+    least = _LEAST * float(vectors.square().sum(1).max()) if len(vectors) else 0.0
     # padding points at a row of zeros behind the others; unit weights then need no product
     rotated = nn.functional.pad(vectors @ basis_DD, (0, 0, 0, 1))
     unit = bool((weights == 1).all())
@@ -54,7 +56,7 @@ def solve(
         s_Bn = torch.from_numpy(np.where(mask, weights[at] ** 0.5, 0).astype(np.float32))
         if not unit:
             x_BnD *= s_Bn.unsqueeze(2)
-        diagonal_BD = values_D + ridge_U[rows].unsqueeze(1)
+        diagonal_BD = (values_D + ridge_U[rows].unsqueeze(1)).clamp(min=least)
         solver: Callable[[Tensor, Tensor, Tensor], Tensor] = _dual if at.shape[1] < dim else _primal
         return solver(x_BnD, s_Bn, diagonal_BD)
 

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 Kind = Literal["counter", "gauge", "histogram"]
 PREFIX = "ray_recray_"  # Ray puts ray_ before each name
 TOTAL = "_total"  # and Prometheus this behind each counter's
-MOST = 100  # generations of one process; those that come then are OTHER, since Ray never lets a series go
+MOST = (
+    100  # values of a label of one metric; those that come then are OTHER, since Ray never lets a series go
+)
 OTHER = "other"
 NAME = 12  # letters of a generation: the bundle's, since new items would make ever more names
 EVENTS = ("view", "click", "cart", "buy", "return")  # kinds of events that are told apart
@@ -96,7 +98,7 @@ class Meter:
         self._numbers: dict[tuple[str, tuple[str, ...]], float] = {}
         self._series: dict[tuple[str, tuple[str, ...]], _Series] = {}
         self._told: dict[tuple[str, tuple[str, ...]], float] = {}
-        self._generations: set[str] = set()
+        self._words: dict[tuple[str, int], set[str]] = {}  # of each label of a metric
 
     def count(self, name: str, *labels: str, by: float = 1.0) -> None:
         """Add to a counter."""
@@ -136,13 +138,15 @@ class Meter:
                 yield Sample(name, "counter", told, grown)
 
     def _bounded(self, name: str, labels: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-        """The key of a new series: with so many known generations, those that come then are one. The other
-        labels are few words of ours, and alerts ask for them."""
-        if METRICS[name].labels[:1] != ("generation",):
-            return name, labels
-        if len(self._generations) < MOST:
-            self._generations.add(labels[0])
-        return name, labels if labels[0] in self._generations else (OTHER, *labels[1:])
+        """The key of a new series: with so many words known of a label, those that come then are one. The
+        other labels keep theirs, since alerts ask for them."""
+        made = []
+        for at, word in enumerate(labels):
+            known = self._words.setdefault((name, at), set())
+            if len(known) < MOST:
+                known.add(word)
+            made.append(word if word in known else OTHER)
+        return name, tuple(made)
 
 
 class _Series:

@@ -36,7 +36,8 @@ BOOTSTRAPS = 200
 class Effort:
     """How long a measurement goes on. It ends when the 95 % interval of p99 is narrow, or at the cap.
 
-    width: (high - low) / p99 that is narrow. least, most: requests. seconds: cap of the timed part.
+    width: (high - low) / p99 that is narrow. least, most: requests. seconds: cap of the timed part,
+    looked at after every 100 requests, since fewer tell nothing of a p99.
     warmup: requests before the first counted one. threads: of every library in the child.
     rate: requests a second that arrive at this process, one at a time and at random; 0: the next one comes
     when the last is answered. beside: seconds of the same core that each of them takes elsewhere (HTTP).

@@ -80,16 +80,13 @@ def timed(
             before = time.perf_counter_ns()
             ask((done + j) % n)
             times[j] = (time.perf_counter_ns() - before) * 1e-9
-            if wall + time.perf_counter() - start >= effort.seconds:
-                times = times[: j + 1]
-                break
         cpu += time.process_time() - worked
         wall += time.perf_counter() - start
         gc.enable()
         gc.collect(0)
         blocks.append(times)
         answered.append(line.queued(times))
-        done += len(times)
+        done += BLOCK
         if parent is not None and os.getppid() != parent:
             sys.exit("the search that asked for this measurement is gone")
         over = wall >= effort.seconds or done >= effort.most
@@ -107,7 +104,7 @@ def timed(
         "p99": p99,
         "low": low,
         "high": high,
-        "narrow": done >= effort.least and high - low <= effort.width * p99,
+        "narrow": high - low <= effort.width * p99,
         "cpu": round(min(cpu / wall, 1.0), 4),
         "repeats": done,
         "seconds": round(wall, 3),

@@ -25,7 +25,6 @@ from tests.serving_bundles import small_dataset
 pytestmark = [pytest.mark.ray_cluster, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 FIRST = "ials"  # the retriever before every ranker
-PATIENT_MS = 60_000  # a machine may be busy with other tests
 QUICK = ("train.epochs=1", "train.valid_users=0", "train.threads=1")
 
 
@@ -90,7 +89,7 @@ def test_it_is_trained_bundled_served_and_answers_as_it_does_in_process(
         httpx.Client(base_url=url, timeout=60) as client,
     ):
         for ask in asks(bundle):
-            found = client.post("/v1/recommend", json={**ask, "deadline_ms": PATIENT_MS})
+            found = client.post("/v1/recommend", json=ask)
             assert found.status_code == 200, found.text
             request = bundle.request(**ask)
             wanted = bundle.recommender.recommend(**bundle.arguments(request))

@@ -36,8 +36,8 @@ def test_build_makes_nested_values_of_the_right_types() -> None:
         {"name": "x", "count": "4", "maybe": None, "sizes": [5, "6"], "inner": {"rate": 1, "on": "yes"}},
     )
     assert made == Outer(name="x", count=4, sizes=(5, 6), inner=Inner(rate=1.0, on=True))
-    bare = config.build(Outer, {"name": 3, "inner": {"on": 1}})  # as words in a mapping are read
-    assert bare == Outer(name="3", inner=Inner(on=True))
+    quoted = config.override(Outer(name="x"), ["free.column='3'", 'free.other="true"', "free.bare=3"])
+    assert quoted.free == {"column": "3", "other": "true", "bare": 3}
     assert config.build(Outer, config.as_dict(made)) == made
 
 
@@ -54,6 +54,7 @@ def test_build_makes_nested_values_of_the_right_types() -> None:
         ({"name": "x", "inner": {"rate": "nan"}}, "inner.rate is 'nan'"),
         ({"name": "x", "inner": {"rate": "inf"}}, "inner.rate is 'inf'"),
         ({"name": "x", "inner": {"rate": float("-inf")}}, "inner.rate is -inf"),
+        ({"name": 3}, "name is 3"),
         ({"name": True}, "name is True"),
         ({"name": "x", "inner": {"on": 2}}, "inner.on is 2"),
         ({"name": "x", "inner": {"rate": True}}, "inner.rate is True"),

@@ -72,6 +72,15 @@ def test_a_new_series_tells_its_empty_buckets_too() -> None:
     assert counts == [0, 0, 0, 1, 1, 1, 1, 1, 1]
 
 
+def test_labels_cannot_grow_without_end() -> None:
+    meter = Meter()
+    for n in range(5000):
+        meter.count("degraded", "g", f"reason {n}")
+    kept = told(meter)
+    assert len(kept) == metrics.MOST + 1
+    assert kept["degraded", "g", "other"] == 5000 - metrics.MOST
+
+
 def test_generations_cannot_grow_without_end_and_the_other_labels_stay() -> None:
     meter, more = Meter(), 150
     timing = {"wait": 1.0, "retrieve": 1.0, "rank": 1.0, "total": 3.0}

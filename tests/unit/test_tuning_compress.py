@@ -352,7 +352,7 @@ def test_two_real_trials_are_built_asked_and_timed(parts: Parts, tmp_path: Path)
         timed = row["latency"]
         assert 0 < timed["p50"] <= timed["p95"] <= timed["p99"] == row["metrics"]["p99"]
         assert timed["low"] <= timed["p99"] <= timed["high"]
-        assert timed["repeats"] >= 10  # within the cap, on any machine
+        assert timed["repeats"] >= 100
         assert timed["seconds"] < time.monotonic() - start
     trial = json.loads((made.place / "trials" / f"{chosen['trial']}.json").read_bytes())
     assert {"encode", "search", "rank", "rest"} == set(trial["detail"]["latency"]["stages"])

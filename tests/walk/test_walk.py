@@ -33,7 +33,7 @@ class Shell:
             env=self.env,
             capture_output=True,
             text=True,
-            timeout=480,
+            timeout=240,
         )
         assert done.returncode == 0, f"recray {' '.join(words)}\n{done.stderr[-2000:]}"
         assert "Traceback" not in done.stderr
@@ -56,7 +56,7 @@ def recray(tmp_path: Path, ray_cluster: str) -> Shell:
     return Shell(tmp_path, ray_cluster)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(600)
 def test_from_a_log_to_an_answer_over_http(recray: Shell) -> None:
     data = recray.made(
         "prepare", "world/log.parquet", "--items", "world/items.parquet", "--users", "world/users.parquet",
