@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from recray import config, manifest, recipes, storage
 from recray.errors import ConfigError, InputError, RecrayError
 from recray.manifest import Artefact
-from recray.progress import say
+from recray.progress import say, warn
 
 if TYPE_CHECKING:
     from recray.bundles.bundle import Bundle
@@ -90,6 +90,9 @@ def measure(source: Source | Bundle, dataset: Dataset, split: str, *, beyond: bo
     if artefact.manifest.recipe.get("options", {}).get("loss") == "labels":
         return _labelled(artefact, dataset, split)
     catalogue = evaluation.beyond_of(dataset) if beyond else None
+    trained = artefact.manifest.parents.get("dataset", {}).get("hash")
+    if trained not in (None, dataset.artefact.hash):
+        warn(f"{artefact.place} is made from another dataset: what is held out here may be known to it")
     cases, (top_k, model) = dataset.cases(split), _asked(artefact, dataset)
     report = evaluation.evaluate(top_k, cases, catalogue=catalogue)
     return evaluation.with_ratings(report, model, cases)

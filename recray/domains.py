@@ -12,12 +12,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from recray import api, columns, config, storage
-from recray.errors import InputError
+from recray import api, columns, config, recipes, storage
+from recray.errors import ArtefactError, InputError
+from recray.manifest import digest, open_artefact
 from recray.progress import say
 
 if TYPE_CHECKING:
     from recray.bundles.bundle import Bundle
+    from recray.data.dataset import Dataset
     from recray.manifest import Artefact
 
 
@@ -29,7 +31,7 @@ class Domain:
     retriever: Sequence[str]  # name, changes ...
     ranker: Sequence[str] = ()
     events: Mapping[str, float] = field(default_factory=dict)  # kind of event -> weight, where a log has any
-    needs: Sequence[str] = ()  # item columns that the filter asks
+    needs: Mapping[str, str] = field(default_factory=dict)  # item column that the filter asks -> its kind
     filter: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -79,14 +81,14 @@ DOMAINS: dict[str, Domain] = {
     "finance": Domain(
         about="what suits an investor: nothing above a risk; items need a column risk, 1 to 7",
         retriever=("ease",),
-        needs=("risk",),
+        needs={"risk": "numbers"},
         filter={"risk": {"max": 5}},
     ),
     "health": Domain(
         about="what may be offered to all: nothing that a rule holds back; items need a column restricted",
         retriever=("item-knn",),
-        needs=("restricted",),
-        filter={"restricted": {"not": ["true"]}},
+        needs={"restricted": "true and false"},
+        filter={"restricted": [False]},  # what is unknown is held back, too
     ),
 }
 
@@ -107,7 +109,7 @@ def build(
         out: a folder for dataset/, retriever/, ranker/ and bundle/ (default `runs/DOMAIN`). What is
             there already and made from the same is kept, so a run that was cut off goes on.
         set: changes of both recipes: `("train.epochs=5",)`.
-        workers: of training, see `recray.train`.
+        workers: of the retriever's training, see `recray.train`; the ranker is trained in this process.
         given: the other arguments of `recray.prepare`.
 
     Raises:
@@ -123,28 +125,58 @@ def build(
         given["event_weights"] = chosen.events
     say(f"{domain}: {chosen.about}")
     data = api.prepare(logs, out=(folder / "dataset").uri, **given)
-    features = data.item_features
-    missing = [name for name in chosen.needs if features is None or name not in features.column_names]
-    if missing:
-        raise InputError(
-            f"domain {domain} needs an item column {missing[0]!r}",
-            where=data.artefact.place,
-            fix="give it with --items FILE",
-        )
+    _check_items(domain, data)
 
     def trained(stage: str, recipe: Sequence[str], **more: Any) -> Artefact:
         name, *changes = recipe
-        place = (folder / stage).uri
-        return api.train(data, recipe=name, set=[*changes, *set], workers=workers, out=place, **more)
+        place = folder / stage
+        parents = {"dataset": data.artefact.hash}
+        parents |= {role: made.hash for role, made in more.items() if role == "retriever"}
+        found = _kept(place, name, [*changes, *set], parents)
+        return found or api.train(data, recipe=name, set=[*changes, *set], out=place.uri, **more)
 
-    retriever = trained("retriever", chosen.retriever)
+    retriever = trained("retriever", chosen.retriever, workers=workers)
     ranker = trained("ranker", chosen.ranker, retriever=retriever) if chosen.ranker else None
     return api.bundle(retriever, ranker=ranker, data=data, filter=chosen.filter, out=(folder / "bundle").uri)
 
 
+def _check_items(domain: str, data: Dataset) -> None:
+    """Raise InputError where the items lack a column that the domain's filter asks, or hold another kind."""
+    import pyarrow as pa
+
+    features = data.item_features
+    for name, kind in DOMAINS[domain].needs.items():
+        if features is None or name not in features.column_names:
+            words, fix = f"domain {domain} needs an item column {name!r}", "give it with --items FILE"
+            raise InputError(words, where=data.artefact.place, fix=fix)
+        held = features.schema.field(name).type
+        number = pa.types.is_integer(held) or pa.types.is_floating(held) or pa.types.is_decimal(held)
+        if not (pa.types.is_boolean(held) if kind == "true and false" else number):
+            words = f"domain {domain} needs {kind} in the item column {name!r}, which holds {held}"
+            raise InputError(words, where=data.artefact.place, fix=f"write {kind} there")
+
+
+def _kept(place: storage.Place, recipe: str, changes: Sequence[str], parents: Mapping[str, str]) -> Any:
+    """The checkpoint that lies there, of this very recipe and made from these; None where there is none."""
+    from recray.training.run import resolve
+
+    wanted = resolve(recipes.recipe(recipe, tuple(changes)))
+    try:
+        found = open_artefact(place, "checkpoint")
+    except ArtefactError:
+        return None
+    manifest = found.manifest
+    same = {role: parent["hash"] for role, parent in manifest.parents.items()} == dict(parents)
+    if not same or digest(manifest.recipe) != digest(config.as_dict(wanted)):
+        return None
+    say(f"{place} already holds this checkpoint; nothing to do")
+    return found
+
+
 def _has_events(logs: Any, given: Mapping[str, Any]) -> bool:
     """Whether the logs tell kinds of events apart."""
-    from recray.data.request import Options, inspect
+    from recray.data import files, formats
 
-    found = inspect(logs, Options(columns=given.get("columns") or {}))
-    return any(columns.EVENT in source.columns for source in found.groups["train"])
+    one = isinstance(logs, (str, os.PathLike, storage.Place))
+    found = files.list_files([logs] if one else logs)
+    return any(columns.EVENT in formats.sniff(file, given.get("columns")).columns for file in found)

@@ -117,12 +117,12 @@ class Report:
 class Beyond:
     """What the metrics beyond accuracy must know of the catalogue; see `beyond_of`.
 
-    information: float64[N] bits of surprise an item carries; vectors: float32[N, D] or None, what
-    diversity compares (one-hot categories, or item vectors).
+    information: float64[N] bits of surprise an item carries; categories: int64[N] or None, what diversity
+    compares, negative where an item has none.
     """
 
     information: NDArray[np.float64]
-    vectors: NDArray[np.float32] | None = None
+    categories: NDArray[np.int64] | None = None
 
 
 def beyond_of(data: Dataset) -> Beyond:
@@ -130,12 +130,12 @@ def beyond_of(data: Dataset) -> Beyond:
     train = data.histories("train")
     users = np.asarray(train.to_csr(data.n_items).getnnz(axis=0), dtype=np.int64)
     features = data.item_features
-    vectors = None
+    categories = None
     if features is not None and "category" in features.column_names:
-        vectors = _category_vectors(features.column("category").combine_chunks())
+        categories = _categories(features.column("category").combine_chunks())
     # users of features or links alone have taken nothing, and would make every item look rarer
     active = max(1, int(np.count_nonzero(train.lengths)))
-    return Beyond(beyond.self_information(users, active), vectors)
+    return Beyond(beyond.self_information(users, active), categories)
 
 
 def evaluate(
@@ -149,7 +149,7 @@ def evaluate(
     """Ask `top_k` for every user's list, `batch` users at a time, and measure it.
 
     Gives all of `metrics.ranking` at each cut of `ks`; with `catalogue` also "coverage@k" (whole),
-    "novelty@k" and, if it has vectors, "diversity@k", and a warning where targets are in their users' own
+    "novelty@k" and, if it has categories, "diversity@k", and a warning where targets are in their users' own
     histories. Users without a target are skipped and counted. Raises InputError when no user is left.
     """
     asked = np.flatnonzero(cases.targets.lengths > 0)
@@ -168,8 +168,8 @@ def evaluate(
             top = rows[:, :k]
             shown[k][top[top >= 0]] = True
             values[f"novelty@{k}"] = beyond.novelty(top, catalogue.information)
-            if catalogue.vectors is not None:
-                values[f"diversity@{k}"] = beyond.diversity(top, catalogue.vectors)
+            if catalogue.categories is not None:
+                values[f"diversity@{k}"] = beyond.diversity(top, catalogue.categories)
         parts.append(values)
     if repeated:
         warn(
@@ -323,8 +323,8 @@ def best(
     return made
 
 
-def _category_vectors(column: Any) -> NDArray[np.float32] | None:
-    """One-hot float32[N, C] of an Arrow array of N categories, of lists the first; None of what has none."""
+def _categories(column: Any) -> NDArray[np.int64] | None:
+    """Codes int64[N] of an Arrow array of N categories, of lists the first; None of what has none."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -337,7 +337,7 @@ def _category_vectors(column: Any) -> NDArray[np.float32] | None:
         return None
     found = column.dictionary_encode().indices.fill_null(-1)
     codes[owner] = found.to_numpy(zero_copy_only=False)
-    return beyond.one_hot(codes)
+    return codes
 
 
 def _with_known_target(cases: Cases) -> int:

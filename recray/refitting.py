@@ -59,7 +59,7 @@ def refit(
         if role in found.manifest.parents
     ]
     goal = target(out, "bundle", f"{found.place.name.removeprefix('bundle-')}-refit")
-    work = storage.place(f"{goal.uri}.from")
+    work = goal.beside(f"{goal.name}.from")
     storage.check_writable(goal)
     chosen = [_recipe(old, list(set) if old is olds[0] else [], fresh) for old in olds]
 

@@ -116,7 +116,7 @@ def quality_table(report: Numbers) -> str:
             f"{ndcg:.4f}",
             told or "–",
             "–" if count is None else _bytes(count),
-            *(("–", "–") if asked is None else (f"{asked['p50_ms']:.1f} ms", f"{asked['p99_ms']:.1f} ms")),
+            *(("–", "–") if not asked else (_ms(asked["p50_ms"]), _ms(asked["p99_ms"]))),
         ]
         lines.append(
             f'<tr class="{kind}"><td>{name}</td>' + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
@@ -253,6 +253,10 @@ def _axis(
 def _table(head: Sequence[str], lines: Sequence[str]) -> str:
     titles = "".join(f"<th{' class=word' * (title == 'plan')}>{escape(title)}</th>" for title in head)
     return f"<table><thead><tr>{titles}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+
+
+def _ms(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f} ms"
 
 
 def _bytes(count: float) -> str:

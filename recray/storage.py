@@ -14,10 +14,10 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -62,12 +62,21 @@ class Place:
         return self.path.rstrip("/").rpartition("/")[2]
 
     def __truediv__(self, name: str) -> Place:
+        return self._at(lambda path: f"{path}/{name}")
+
+    def beside(self, name: str) -> Place:
+        """What has this name in the same folder."""
+        return self._at(lambda path: f"{path.rpartition('/')[0]}/{name}")
+
+    def _at(self, moved: Callable[[str], str]) -> Place:
+        """Another place of the same file system; the query of a URI says how it is reached, and stays."""
         base, mark, query = self.uri.partition("?") if self.remote else (self.uri, "", "")
-        uri = f"{base.rstrip('/')}/{name}{mark}{query}"
-        child = Place(uri, f"{self.path.rstrip('/')}/{name}", self.remote)
+        made = Place(
+            f"{moved(base.rstrip('/'))}{mark}{query}", moved(self.path.rstrip("/")), remote=self.remote
+        )
         if self.remote:
-            child.__dict__["fs"] = self.fs  # one connection for a folder and what is in it
-        return child
+            made.__dict__["fs"] = self.fs  # one connection for a folder and what is in it
+        return made
 
     def exists(self) -> bool:
         from pyarrow import fs
@@ -106,6 +115,7 @@ def place(uri: str | os.PathLike[str] | Place) -> Place:
     if not text.strip() or "\0" in text:
         raise InputError("is not the name of a file or folder", where=repr(text))
     if "://" in text and not text.startswith("file://"):
+        _check_secret(text)
         inside = _remote(text)[1]
         if not inside.strip("/"):
             raise InputError("names no bucket or folder", where=text)
@@ -113,6 +123,18 @@ def place(uri: str | os.PathLike[str] | Place) -> Place:
     bare = unquote(text.removeprefix("file://")) if text.startswith("file://") else text
     path = os.path.abspath(os.path.expanduser(bare))
     return Place(path, path, remote=False)
+
+
+def _check_secret(uri: str) -> None:
+    """Refuse a key in a URI: places are written to manifests and named in what is said."""
+    scheme, _, rest = uri.partition("://")
+    who, at, _ = rest.partition("?")[0].partition("/")[0].rpartition("@")
+    if at and ":" in who:
+        raise InputError(
+            "holds a secret key, which would be written down with it",
+            where=f"{scheme}://...",
+            fix="leave it out, and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+        )
 
 
 def _remote(uri: str) -> tuple[Any, str]:
@@ -202,23 +224,35 @@ def check_writable(out: str | os.PathLike[str] | Place) -> None:
 def _not_ours(target: Place) -> str:
     """The name of something in a folder that is no part of a result of ours; "" where there is nothing.
 
-    Folders without a file are no part of ours where nothing else is there.
+    Folders without a file are no part of ours where nothing else is there. Nothing is listed whole: it may be
+    somebody's home.
     """
-    if target.remote:
-        start = len(target.path.rstrip("/")) + 1
-        names = sorted(path[start:] for path in _others(target))
-    else:
-        files = (path for path in target.local.rglob("*") if path.is_symlink() or not path.is_dir())
-        names = sorted(path.relative_to(target.local).as_posix() for path in files)
-    if not names:
-        there = [] if target.remote or not target.local.is_dir() else sorted(target.local.iterdir())
-        return there[0].name if there else ""
+    if not target.remote and not target.local.is_dir():
+        return ""
     try:
         raw = json.loads((target / MANIFEST).read_bytes())
         ours = {*raw["files"], MANIFEST, SIGNATURE} if {"format", "kind", "checksum"} <= raw.keys() else set()
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         ours = set()
-    return next((name for name in names if name not in ours), "")
+    if target.remote:
+        start = len(target.path.rstrip("/")) + 1
+        return next((name for path in sorted(_others(target)) if (name := path[start:]) not in ours), "")
+    if not ours:
+        return min(os.listdir(target.local), default="")
+    above = {parent.as_posix() for name in ours for parent in PurePosixPath(name).parents}
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        for found in sorted(os.scandir(target.local / folder), key=lambda found: found.name):
+            name = f"{folder}{found.name}"
+            if not found.is_dir(follow_symlinks=False):
+                if name not in ours:
+                    return name
+            elif name in above:
+                folders.append(f"{name}/")
+            elif any(files for _, _, files in os.walk(found.path)):
+                return name
+    return ""
 
 
 def _swap(scratch: Path, final: Path) -> None:

@@ -39,10 +39,10 @@ def write(out: Any, request: Request, ids: Vocabulary, tally: Tally, written: It
     about: dict[str, Any] = {}
     tables: dict[str, feats.Features] = {}
     if options.items is not None:
-        tables["items"] = feats.read_features(options.items, col.ITEM)
+        tables["items"] = feats.read_features(options.items, col.ITEM, items)
         items = items.extend(tables["items"].ids)
     if options.users is not None:
-        tables["users"] = feats.read_features(options.users, col.USER)
+        tables["users"] = feats.read_features(options.users, col.USER, users)
         users = users.extend(tables["users"].ids)
     pairs = None
     if options.links is not None:
@@ -129,5 +129,8 @@ def describe(report: Mapping[str, Any]) -> list[str]:
         what = "dropped" if report["duplicates_dropped"] else "kept; --dedupe drops them"
         same = "user, item and time" if report["has_times"] else "user and item"
         lines.append(f"  {report['duplicates']:,} duplicates (same {same}), {what}")
+    for name in ("items", "users"):
+        if found := report.get(f"{name}_file"):
+            lines.append(f"  {name} file: {found['rows']:,} rows, {found['skipped']:,} left out")
     lines.append("  " + ", ".join(f"{name} {n:,}" for name, n in report["interactions"].items() if n))
     return lines

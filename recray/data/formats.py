@@ -104,6 +104,12 @@ def _sniff_parquet(where: Place, given: Mapping[str, str], context: Sequence[str
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"is not a Parquet file we can read ({error})", where=where) from None
     chosen = resolve(where, schema.names, given, context)
+    for role, name in chosen.items():
+        kind = schema.field(name).type
+        odd = pa.types.is_nested(kind) or isinstance(kind, pa.BaseExtensionType)
+        if odd or (role == col.TIME and (pa.types.is_time(kind) or pa.types.is_duration(kind))):
+            words = f"the {role.removeprefix(CONTEXT)} column {name!r} holds {kind}"
+            raise InputError(words, where=where, fix=f"name another: --columns {role}=NAME")
     unit: Unit = "none"
     if col.TIME in chosen:
         kind = schema.field(chosen[col.TIME]).type
@@ -126,7 +132,7 @@ def _sniff_json(
     for line in lines[:1000]:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             rows.append(row)

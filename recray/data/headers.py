@@ -39,15 +39,15 @@ def resolve(
 ) -> dict[str, str]:
     """role -> name in `names`, CONTEXT + column -> name for context. InputError names what is missing.
 
-    Columns that the user gave are taken; user and item, and the rest when the user gave nothing, are
-    looked for among the usual headers, or by position in a file without header.
+    Columns that the user gave are taken; user, item and time, and the rest when the user gave nothing,
+    are looked for among the usual headers, or by position in a file without header.
     """
     chosen = {role: _find(where, name, names) for role, name in given.items()}
     bare = all(name.isdigit() for name in names)
     if not given and bare:
         for i, role in enumerate(_POSITIONS.get(len(names), _POSITIONS[2])):
             chosen[role] = str(i)
-    for role in col.ROLES if not given else (col.USER, col.ITEM):
+    for role in col.ROLES if not given else (col.USER, col.ITEM, col.TIME):
         if role not in chosen and not bare:
             free = [name for name in names if name not in chosen.values()]
             usual = usual_column(role, free)
@@ -60,6 +60,12 @@ def resolve(
                 where=where,
                 fix=f"give --columns {role}=NAME",
             )
+    if chosen[col.USER] == chosen[col.ITEM]:
+        raise InputError(
+            f"column {chosen[col.USER]!r} cannot be both user and item",
+            where=where,
+            fix=f"give --columns {col.USER}=NAME,{col.ITEM}=NAME",
+        )
     for name in context:
         chosen[CONTEXT + name] = _find(where, name, names)
     return chosen

@@ -190,7 +190,7 @@ class _Dropper:
         count = int(np.count_nonzero(fresh))
         if count:
             row = int(np.argmax(fresh))
-            value = self.raw.table.column(role)[row].as_py()
+            value = _shown(self.raw.table.column(role)[row])
             shown = value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
             self.problems[reason] = self._problem(count, self.raw.row_of(row), f"{role} {shown[:60]!r}")
         self.dropped = bad if self.dropped is None else self.dropped | bad
@@ -198,6 +198,14 @@ class _Dropper:
     def _problem(self, count: int, row: int, example: str) -> Problem:
         line = self.raw.lines_before + readers.line_of(self.raw, self.span.source, row)
         return Problem(count, line, _printable(example), self.span)
+
+
+def _shown(cell: Any) -> Any:
+    """A cell as Python has it, or as Arrow writes it: its years may go beyond 9999."""
+    try:
+        return cell.as_py()
+    except (OverflowError, ValueError):
+        return str(cell.cast(pa.int64()))
 
 
 def _printable(text: str) -> str:

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pcsv
 import pyarrow.json as pjson
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from recray import columns as col
 from recray.data.files import guarded
@@ -24,7 +25,7 @@ from recray.data.formats import Source
 from recray.data.spans import Span, texts
 from recray.errors import InputError
 
-_REPAIRS = 20  # unclosed quotes of one block whose line is read without them
+REPAIRS = 20  # unclosed quotes of one block whose line is read without them
 _CODED = pa.dictionary(pa.int32(), pa.string())
 
 
@@ -33,7 +34,6 @@ class Raw:
     """One block as read: an Arrow table by role, and the rows that could not be split into fields.
 
     `broken`: reason -> (count, first row in the block, its text). `rows` counts all of them.
-    `line_of(row)` is the 0-based line of a row inside the block.
     """
 
     table: Any
@@ -43,6 +43,7 @@ class Raw:
     skip: frozenset[int] = frozenset()  # rows, counted among all, that are not in the table
     lines_before: int = 0  # lines of the span before this block
     header: bool = False  # whether a header line was cut off the text
+    lines: NDArray[np.int64] | None = None  # int64[rows], the 0-based line of each, where one has several
 
     def row_of(self, kept: int) -> int:
         """The row among all rows of the block, from the row of the table."""
@@ -120,7 +121,7 @@ def _read_delimited(source: Source, text: bytes) -> Raw:
 
     if not text.strip():
         return Raw(_by_role(source, None), 0)
-    for left in range(_REPAIRS, -1, -1):
+    for left in range(REPAIRS, -1, -1):
         try:
             table = read(_types(source))
         except pa.ArrowInvalid:
@@ -128,12 +129,10 @@ def _read_delimited(source: Source, text: bytes) -> Raw:
                 table = read(dict.fromkeys(source.columns.values(), pa.binary()), utf8=False)
             except pa.ArrowInvalid as error:
                 raise InputError(f"cannot be read ({str(error)[:200]})", where=source.place) from None
-        line = _unclosed(source, text, bad) if left and source.quoted else None
-        if line is None:
+        mended = mended_quote(source.separator, text, bad) if left and source.quoted else None
+        if mended is None:
             break
-        lines = text.splitlines(keepends=True)
-        lines[line] = lines[line].replace(b'"', b"")
-        text = b"".join(lines)
+        text = mended
     broken = {}
     if bad:
         bad = [(number - 1, words) for number, words in bad]
@@ -143,11 +142,24 @@ def _read_delimited(source: Source, text: bytes) -> Raw:
     )
 
 
-def _unclosed(source: Source, text: bytes, bad: list[tuple[int, str]]) -> int | None:
-    """The 0-based line whose quote is never closed, or only by another row's: it hides rows that are good."""
+def mended_quote(separator: str, text: bytes, bad: list[tuple[int, str]]) -> bytes | None:
+    """The text without the quotes of a line that leaves one open: it hid rows that are good. None: no such.
+
+    bad: rows that could not be split, their number, from 1, and their text.
+    """
+    line = _unclosed(separator, text, bad)
+    if line is None:
+        return None
+    lines = text.splitlines(keepends=True)
+    lines[line] = lines[line].replace(b'"', b"")
+    return b"".join(lines)
+
+
+def _unclosed(separator: str, text: bytes, bad: list[tuple[int, str]]) -> int | None:
+    """The 0-based line whose quote is never closed, or only by another row's."""
     for number, words in bad:
         if "\n" in words.rstrip("\r\n"):
-            return _line_in(text, number - 1, source)
+            return _line_in(text, number - 1, quoted=True)
     if text.count(b'"') % 2 == 0:
         return None
     at, inside = 0, False
@@ -156,12 +168,14 @@ def _unclosed(source: Source, text: bytes, bad: list[tuple[int, str]]) -> int | 
             inside = not inside
             at = number if inside else at
     opened = text.splitlines()[at]
-    starts = opened.startswith(b'"') or source.separator.encode() + b'"' in opened
+    starts = opened.startswith(b'"') or separator.encode() + b'"' in opened
     return at if starts else None  # a quote inside a field is a character like any other
 
 
 def _read_sequences(source: Source, text: bytes) -> Raw:
-    lines = [line for line in text.decode("utf-8", errors="replace").splitlines() if line.strip()]
+    found = text.decode("utf-8", errors="replace").splitlines()
+    at = np.array([number for number, line in enumerate(found) if line.strip()], np.int64)
+    lines = [found[number] for number in at]
     fields = pc.split_pattern(pa.array([line.strip() for line in lines], pa.string()), source.separator)
     lengths = pc.list_value_length(fields).to_numpy(zero_copy_only=False).astype(np.int64)
     words = fields.flatten()
@@ -172,7 +186,7 @@ def _read_sequences(source: Source, text: bytes) -> Raw:
     table = pa.table(
         {col.USER: users.dictionary_encode(), col.ITEM: words.filter(pa.array(is_item)).dictionary_encode()}
     )
-    return Raw(table, table.num_rows, {}, b"")
+    return Raw(table, table.num_rows, lines=np.repeat(at, lengths - 1))
 
 
 def _read_json(source: Source, text: bytes) -> Raw:
@@ -206,7 +220,8 @@ def _read_json_slowly(source: Source, text: bytes) -> Raw:
         if not line.strip():
             continue
         number += 1
-        reason, row = "", {}
+        reason = ""
+        values: list[bytes | None] = []
         try:
             row = json.loads(line)
             if not isinstance(row, dict):
@@ -214,14 +229,16 @@ def _read_json_slowly(source: Source, text: bytes) -> Raw:
             elif any(not isinstance(row.get(name), (str, int, type(None))) or (row.get(name) in (True, False)
                      and isinstance(row.get(name), bool)) for name in ids):  # fmt: skip
                 reason = "id is neither text nor a whole number"
-        except ValueError:
+            else:
+                asked = [row.get(name) for name in rows]
+                values = [None if value is None else str(value).encode() for value in asked]
+        except (ValueError, RecursionError):  # half of a character, or brackets in brackets without end
             reason = "not a JSON object"
         if reason:
             bad.setdefault(reason, []).append((number, line.decode("utf-8", errors="replace")[:80]))
             continue
-        for name, values in rows.items():
-            value = row.get(name)
-            values.append(None if value is None else str(value).encode())
+        for column, value in zip(rows.values(), values):
+            column.append(value)
     table = pa.table({name: pa.array(values, pa.binary()) for name, values in rows.items()})
     skip = frozenset(n for found in bad.values() for n, _ in found)
     broken = {reason: (len(found), *found[0]) for reason, found in bad.items()}
@@ -262,10 +279,12 @@ def _one(column: Any) -> Any:
 # -- where a row stands ------------------------------------------------------------------------------
 def line_of(raw: Raw, source: Source, row: int) -> int:
     """1-based line of a row of a block (its row number in Parquet), counted from the block's first line."""
-    return 1 + row if source.kind == "parquet" else 1 + raw.header + _line_in(raw.text, row, source)
+    if raw.lines is not None:
+        return 1 + int(raw.lines[row])
+    return 1 + row if source.kind == "parquet" else 1 + raw.header + _line_in(raw.text, row, source.quoted)
 
 
-def _line_in(text: bytes, row: int, source: Source) -> int:
+def _line_in(text: bytes, row: int, quoted: bool) -> int:
     """0-based line, in a block's text, of its row: empty lines and quoted line breaks are lines too."""
     at, found, inside = 0, -1, False
     for number, line in enumerate(io.BytesIO(text)):
@@ -273,5 +292,5 @@ def _line_in(text: bytes, row: int, source: Source) -> int:
             found, at = found + 1, number
             if found == row:
                 break
-        inside ^= source.quoted and bool(line.count(b'"') % 2)
+        inside ^= quoted and bool(line.count(b'"') % 2)
     return at

@@ -14,10 +14,10 @@ from recray import config
 from recray.data import features, files, formats, parts, spans, splits
 from recray.data.interactions import Problem, Rules
 from recray.errors import InputError
-from recray.progress import say
+from recray.progress import say, warn
 from recray.storage import Place, place
 
-VERSION = 1  # of the preparation: a change of what it makes changes the fingerprint
+VERSION = 2  # of the preparation: a change of what it makes changes the fingerprint
 SAID = 3  # files of a log whose reading is told
 
 
@@ -126,6 +126,10 @@ def inspect(logs: Any, options: Options) -> Request:
         if path is not None:
             prints[name] = [os.path.basename(place(path).path), features.fingerprint(path)]
     train = groups["train"]
+    timed = [source for source in train if col.TIME in source.columns]
+    if 0 < len(timed) < len(train):
+        other = next(source.place for source in train if source not in timed)
+        warn(f"{other} has no times, so those of {timed[0].place} are not used, either")
     if options.event_weights and not any(col.EVENT in s.columns for s in train):
         raise InputError("event weights, but no event column", fix="name it: --columns event=NAME")
     if options.split == "time" and not given and not all(col.TIME in s.columns for s in train):

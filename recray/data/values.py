@@ -59,6 +59,7 @@ def text_of(column: Any) -> tuple[Any, NDArray[np.bool_] | None]:
     if pa.types.is_string(column.type):
         return column, None
     if pa.types.is_floating(column.type):  # pandas writes whole ids with a gap as floats
+        column = pc.if_else(pc.is_nan(column), None, column)
         whole = pc.fill_null(pc.equal(column, pc.floor(column)), True)
         if pc.all(whole).as_py() and len(column):
             column = column.cast(pa.int64(), safe=False)

@@ -58,5 +58,6 @@ def joined(
     seconds = np.floor(at).astype(np.int64)
     fresh = ~((newer[:, None] == rows) & (seconds[:, None] == times)).any(axis=1)
     both = np.concatenate([rows, newer[fresh]])
-    order = np.argsort(np.concatenate([times, at[fresh]]), kind="stable")
+    # what came without a time stands behind what is older
+    order = np.argsort(np.concatenate([np.maximum.accumulate(times), at[fresh]]), kind="stable")
     return both[order]

@@ -1,6 +1,7 @@
 """What lists are worth beyond accuracy: how much of the catalogue they show, how rare, how varied.
 
-Shapes: B users, k places of a list (-1 where there is no item), N items of the catalogue, D dims.
+Shapes: B users, k places of a list (-1 where there is no item), N items of the catalogue, P places with
+a known category, G groups of them that are alike.
 """
 
 from __future__ import annotations
@@ -37,30 +38,19 @@ def novelty(rows: NDArray[np.int64], information: NDArray[np.float64]) -> NDArra
     return made
 
 
-def diversity(rows: NDArray[np.int64], vectors: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Intra-list diversity, float64[B]: the mean over pairs of a list of 1 - cosine of their vectors.
+def diversity(rows: NDArray[np.int64], categories: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Intra-list diversity, float64[B]: the share of a list's pairs of items that differ in category.
 
-    One minus the mean of Ziegler et al. (2005)'s intra-list similarity; inside [0, 2], or [0, 1] for
-    vectors without negative parts. vectors: float32[N, D]; a zero vector is unlike everything.
-    Categories are vectors too, see `one_hot`. A list of fewer than two items has diversity 0.
+    One minus the mean of Ziegler et al. (2005)'s intra-list similarity, of items that are alike or not;
+    inside [0, 1]. categories: int64[N]; a negative one is unknown, and unlike everything. A list of fewer
+    than two items has diversity 0.
     """
     there = rows >= 0
-    length = np.linalg.norm(vectors, axis=1, keepdims=True)
-    unit = np.divide(vectors, length, out=np.zeros_like(vectors, dtype=np.float64), where=length > 0)
-    x_BkD = np.where(there[..., None], unit[np.maximum(rows, 0)], 0.0)
-    # sum of cos over pairs i < j = (|sum x|^2 - sum |x|^2) / 2
-    both = (x_BkD.sum(axis=1) ** 2).sum(axis=1) - (x_BkD**2).sum(axis=(1, 2))
+    found = np.where(there, categories[np.maximum(rows, 0)], -1)
+    line_P, place_P = np.nonzero(found >= 0)
+    together = np.unique(np.stack([line_P, found[line_P, place_P]]), axis=1, return_counts=True)
+    (line_G, _), count_G = together
+    alike = np.bincount(line_G, weights=count_G * (count_G - 1), minlength=len(rows))
     m = there.sum(axis=1)
     pairs = m * (m - 1)
-    return np.where(pairs > 0, np.clip(1 - both / np.maximum(pairs, 1), 0.0, 2.0), 0.0)
-
-
-def one_hot(codes: NDArray[np.int64]) -> NDArray[np.float32]:
-    """float32[N, C] from category codes int[N]; a negative code (unknown) gives zeros.
-
-    With these, `diversity` is the share of pairs whose categories differ.
-    """
-    made = np.zeros((len(codes), int(codes.max(initial=-1)) + 1), dtype=np.float32)
-    known = np.flatnonzero(codes >= 0)
-    made[known, codes[known]] = 1.0
-    return made
+    return np.where(pairs > 0, 1 - alike / np.maximum(pairs, 1), 0.0)

@@ -212,4 +212,7 @@ class Ranker(Model):
         """float32[B, C]; minus infinity where the candidate is PAD."""
         assert self.network is not None
         scores_BC: Tensor = self.network(*self.inputs(histories, candidates, context))
-        return scores_BC.masked_fill(torch.from_numpy(candidates < 0).to(scores_BC.device), -torch.inf)
+        none_BC = candidates < 0
+        if not none_BC.any():
+            return scores_BC
+        return scores_BC.masked_fill(torch.from_numpy(none_BC).to(scores_BC.device), -torch.inf)

@@ -274,6 +274,8 @@ class FeatureRanker(TrainedRanker):
             for group in self._groups:
                 there = (values[..., group] >= 0).sum(-1, keepdim=True).clamp(min=1)
                 vectors.append((found[..., group, :].sum(-2) / there).unsqueeze(-2))
+        if not self.catalogue.item_numbers:
+            return torch.cat(vectors, dim=-2), torch.zeros(*rows.shape, 0, device=rows.device)
         numbers = self.item_numbers[rows.clamp(min=0)] * (rows >= 0).unsqueeze(-1)
         return torch.cat(vectors, dim=-2), numbers
 

@@ -41,14 +41,12 @@ class Pool(nn.Module):
 
     def forward(self, x_BLD: Tensor, mask_BL: Tensor) -> Tensor:
         """x newest first, mask 1.0 where real -> [B, D]."""
-        b, length, dim = x_BLD.shape
-        ages = torch.arange(length, device=x_BLD.device)
-        weights_LG = nn.functional.embedding(ages, self.log_weights.T).exp()
-        weights_BLG = mask_BL.unsqueeze(2) * weights_LG
-        total_BG = weights_BLG.sum(dim=1).clamp(min=1e-6)
-        x_BLGd = x_BLD.reshape(b, length, GROUPS, dim // GROUPS)
-        summed_BGd = (x_BLGd * weights_BLG.unsqueeze(3)).sum(dim=1)
-        return self.empty + (summed_BGd / total_BG.sqrt().unsqueeze(2)).reshape(b, dim)
+        # a weight for each of the D floats, so that a graph has no shapes to find out
+        length, dim = x_BLD.shape[1:]
+        weights_LD = self.log_weights.exp().repeat_interleave(dim // GROUPS, dim=0).T[:length]
+        weights_BLD = mask_BL.unsqueeze(2) * weights_LD
+        total_BD = weights_BLD.sum(dim=1).clamp(min=1e-6)
+        return self.empty + (x_BLD * weights_BLD).sum(dim=1) / total_BD.sqrt()
 
     def prefixes(self, x_BTD: Tensor) -> Tensor:
         """What `forward` gives for every prefix x[:, : t + 1] (oldest first), [B, T, D]."""

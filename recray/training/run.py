@@ -348,11 +348,9 @@ def run_places(target: Place) -> tuple[Path, Place]:
     if not target.remote:
         folder = target.local.with_name(f".{target.local.name}.run")
         return folder, place(folder)
-    address, mark, query = target.uri.partition("?")
-    parent, _, name = address.rstrip("/").rpartition("/")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     folder = cache / "recray" / "runs" / digest(target.uri)[:16]
-    return folder, place(f"{parent}/.{name}.run{mark}{query}")
+    return folder, target.beside(f".{target.name}.run")
 
 
 def _read(path: Path) -> dict[str, Any]:

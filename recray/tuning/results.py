@@ -51,9 +51,7 @@ def open_cache(
 
 def waiting(out: Place) -> Place:
     """The folder beside `out` that a search uses until its artefact stands, and a killed one leaves."""
-    address, mark, query = out.uri.partition("?") if out.remote else (out.uri, "", "")
-    folder, _, name = address.rstrip("/").rpartition("/")
-    return place(f"{folder}/.{name}.search{mark}{query}")
+    return out.beside(f".{out.name}.search")
 
 
 def write_search(

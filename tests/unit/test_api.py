@@ -204,3 +204,22 @@ def test_models_are_not_measured_by_other_items(tmp_path: Path) -> None:
         recray.bundle(made, data=turned, out=tmp_path / "joined")
     assert not (tmp_path / "joined").exists()
     assert recray.bundle(made, data=again, out=tmp_path / "joined").recommend(user="u1", k=3).items
+
+
+def test_who_may_have_been_trained_on_what_is_held_out_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f"u{n % 20},i{(n * 7) % 9},{n}\n" for n in range(200)]
+    (tmp_path / "log.csv").write_text("user,item,time\n" + "".join(lines))
+    held, whole = (
+        recray.prepare(tmp_path / "log.csv", out=tmp_path / split, split=split)
+        for split in ("leave-one-out", "none")
+    )
+    honest, other = (
+        recray.train(data, recipe="ease", out=tmp_path / f"of-{data.artefact.place.name}")
+        for data in (held, whole)
+    )
+    recray.evaluate(honest, data=held)
+    assert "another dataset" not in capsys.readouterr().err
+    recray.evaluate(honest, data=held, baseline=other)
+    assert f"warning: {other.place} is made from another dataset" in capsys.readouterr().err

@@ -246,3 +246,58 @@ def test_a_time_that_is_nan_does_not_change_the_unit(tmp_path: Path) -> None:
 def test_limits_that_are_no_numbers_are_refused(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="give a finite number"):
         prepared(tmp_path, HEADER + GOOD, **options)
+
+
+def test_what_cannot_be_text_costs_its_row_only(tmp_path: Path) -> None:
+    lines = [json.dumps({"user": f"u{n % 3}", "item": f"i{n}"}) for n in range(8)]
+    half = '{"user": "u1", "item": "\\ud800"}'
+    deep = '{"user": "u1", "item": ' + "[" * 5000 + "]" * 5000 + "}"
+    data = prepared(tmp_path, "\n".join([*lines[:4], half, *lines[4:], deep]), "log.jsonl")
+    assert dropped(data) == {"not a JSON object": (2, 5)}
+    assert data.n_items == 8
+
+
+def test_a_time_beyond_the_years_of_python_costs_its_row_only(tmp_path: Path) -> None:
+    times = pa.array([5, 10**12, 7], pa.timestamp("s", tz="UTC"))
+    pq.write_table(
+        pa.table({"user": ["a"] * 3, "item": ["x", "y", "z"], "time": times}), tmp_path / "log.parquet"
+    )
+    data = prepare(tmp_path / "log.parquet", out=tmp_path / "out", split="none")
+    assert dropped(data) == {"time in the future": (1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        ({"item": pa.array([["x"], ["y"]])}, "the item column 'item' holds list"),
+        ({"item": pa.array([{"a": 1}, {"a": 2}])}, "the item column 'item' holds struct"),
+        ({"time": pa.array([1, 2], pa.time32("s"))}, "the time column 'time' holds time32"),
+        ({"time": pa.array([[1], [2]])}, "the time column 'time' holds list"),
+        ({"weight": pa.array([[1.0], [2.0]])}, "the weight column 'weight' holds list"),
+    ],
+)
+def test_columns_that_hold_something_else(tmp_path: Path, column: dict[str, Any], words: str) -> None:
+    table = {"user": pa.array(["a", "b"]), "item": pa.array(["x", "y"])} | column
+    pq.write_table(pa.table(table), tmp_path / "log.parquet")
+    with pytest.raises(InputError, match=words):
+        prepare(tmp_path / "log.parquet", out=tmp_path / "out")
+
+
+def test_an_id_that_is_nan_is_missing(tmp_path: Path) -> None:
+    users = pa.array([1.0, float("nan"), 2.0, None], pa.float64())
+    pq.write_table(pa.table({"user": users, "item": ["x", "y", "x", "z"]}), tmp_path / "log.parquet")
+    data = prepare(tmp_path / "log.parquet", out=tmp_path / "out", split="none")
+    assert data.users.values.to_pylist() == ["1", "2"]
+    assert dropped(data) == {"missing user": (2, 2)}
+
+
+def test_the_line_of_an_id_in_a_file_of_sequences(tmp_path: Path) -> None:
+    lines = [f"u{n} i{n} i{n + 1}" + " i0" * (n % 3) for n in range(60)]
+    lines[40] = f"u40 i1 {'x' * 2000} i2"
+    data = prepared(tmp_path, "\n" + "\n".join(lines), "log.txt", columns={"user": "0", "item": "1:"})
+    assert dropped(data) == {"item id longer than 1024 characters": (1, 42)}
+
+
+def test_one_column_is_not_both_user_and_item(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="column 'item' cannot be both user and item"):
+        prepared(tmp_path, HEADER + GOOD, columns={"user": "item", "item": "item"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -275,3 +276,59 @@ def test_a_large_split_is_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for a, b in ((mapped.histories, held.histories), (mapped.targets, held.targets)):
         for name in ("items", "offsets", "weights", "times"):
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+
+
+def with_items(tmp_path: Path, text: str, name: str = "items.csv", **more: Any) -> Dataset:
+    """Ten items by three users, and a file about the items."""
+    (tmp_path / "log.csv").write_text("user,item\n" + "".join(f"u{n % 3},{n}\n" for n in range(10)))
+    (tmp_path / name).write_text(text)
+    return prepare(tmp_path / "log.csv", items=tmp_path / name, split="none", out=tmp_path / "out", **more)
+
+
+def test_a_stray_quote_in_a_feature_file_costs_its_line_only(tmp_path: Path) -> None:
+    rows = [f"{n},{chr(34) if n == 2 else ''}title {n},g{n % 2}\n" for n in range(10)]
+    data = with_items(tmp_path, "\n\nitem,title,genre\n" + "".join(rows))
+    features = data.item_features
+    assert features is not None
+    assert features.column("genre").null_count == 0
+    assert data.report["items_file"] == {"rows": 10, "skipped": 0}
+
+
+def test_rows_of_features_that_are_left_out_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_items(
+        tmp_path,
+        "item,title,genre\n" + "".join(f"{n},a, b,g\n" if n > 2 else f"{n},a,g\n" for n in range(10)),
+    )
+    told = capsys.readouterr().err
+    assert "items file: 3 rows, 7 left out" in told
+    assert "7 rows are left out and 3 read" in told
+
+
+def test_features_whose_ids_are_none_of_the_log_are_refused(tmp_path: Path) -> None:
+    rows = "".join(f"Film {n},x{n},g\n" for n in range(10))
+    with pytest.raises(
+        InputError, match="has no item of the log; its ids were taken from the column 'title'"
+    ):
+        with_items(tmp_path, "title,code,genre\n" + rows)
+    rows = "".join(f"Film {n},{n},g\n" for n in range(10))
+    assert with_items(tmp_path, "title,id,genre\n" + rows).n_items == 10
+
+
+def test_ids_of_json_features_stay_text(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("user,item\na,2020-01-01\nb,2020-01-02\n")
+    lines = "".join(json.dumps({"item": f"2020-01-0{n}", "size": n}) + "\n" for n in (1, 2))
+    (tmp_path / "items.jsonl").write_text(lines)
+    data = prepare(tmp_path / "log.csv", items=tmp_path / "items.jsonl", split="none", out=tmp_path / "out")
+    assert data.n_items == 2
+    assert data.item_features is not None
+    assert data.item_features.column("size").to_pylist() == [1, 2]
+
+
+def test_features_that_cannot_be_told_apart_or_read(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="has two columns named 'tag'"):
+        with_items(tmp_path, "item,tag:token,tag:float\n0,a,1\n")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="folder: is a folder"):
+        prepare(tmp_path / "log.csv", items=tmp_path / "folder", out=tmp_path / "other")

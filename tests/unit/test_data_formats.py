@@ -191,3 +191,20 @@ def test_names_tell_the_suffix_under_the_compression() -> None:
         files.compression_of(place("x.csv.gz"), b"user,item")
     with pytest.raises(InputError, match="zip archive"):
         files.compression_of(place("x.csv"), b"PK\x03\x04....")
+
+
+def test_times_are_found_where_user_and_item_are_named(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("customer,sku,date\n" + "".join(f"a,i{n},{9 - n}\n" for n in range(6)))
+    data = prepare(tmp_path / "log.csv", columns={"user": "customer", "item": "sku"}, out=tmp_path / "out")
+    assert data.report["has_times"]
+    assert data.items.ids_of(data.cases("test").targets.items) == ["i0"], "the newest"
+
+
+def test_a_file_without_times_takes_those_of_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.csv").write_text("user,item,time\na,x,2\na,y,1\n")
+    (tmp_path / "b.csv").write_text("user,item\nb,x\n")
+    data = prepare([tmp_path / "a.csv", tmp_path / "b.csv"], out=tmp_path / "out", split="none")
+    assert not data.report["has_times"]
+    assert f"warning: {tmp_path / 'b.csv'} has no times" in capsys.readouterr().err

@@ -221,7 +221,7 @@ def server() -> Iterator[str]:
 
 def test_every_request_is_timed_or_told(server: str) -> None:
     users = ["u1", "bad", "u2", "gone", "u3", "short"] * 3
-    seconds, errors = demonstration.ask(server, users, clients=2)
+    seconds, errors = demonstration.ask(server, users, clients=2, least=10)
     assert len(seconds) == 12  # u1 u2 u3 short
     assert len(errors) == 9
     assert {error.split(":")[0] for error in errors} == {"bad", "gone", "short"}

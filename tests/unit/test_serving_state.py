@@ -296,6 +296,12 @@ def test_histories_are_joined_by_time_and_nothing_counts_twice(
     assert got.tolist() == [row for row, _ in base if row not in again] + [row for row, _ in events]
 
 
+def test_what_came_without_a_time_stays_the_newest_of_its_history() -> None:
+    rows, times = np.array([1, 2, 9], np.int32), np.array([100, 200, 0])
+    newer, at = np.array([3, 5], np.int32), np.array([150.0, 300.0])
+    assert joined(rows, times, newer, at).tolist() == [1, 3, 2, 9, 5]
+
+
 def test_places_are_settled_before_anything_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     made = settled(GraphArgs(bundle="b", state="users"), 1)

@@ -45,6 +45,24 @@ def test_a_local_place_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert place(same) is same
 
 
+@pytest.mark.parametrize(
+    ("uri", "beside"),
+    [("s3://b/a/x?region=r-1&scheme=http", "s3://b/a/x.from?region=r-1&scheme=http"), ("/a/x/", "/a/x.from")],
+)
+def test_what_is_beside_keeps_how_it_is_reached(uri: str, beside: str) -> None:
+    found = place(uri).beside("x.from")
+    assert found.uri == beside
+    assert found.path == place(beside).path
+
+
+def test_a_key_in_a_uri_is_refused_and_not_repeated() -> None:
+    with pytest.raises(InputError, match="holds a secret key") as told:
+        place("s3://AKIAKEY:TOPSECRET@bucket/folder")
+    assert "AKIAKEY" not in str(told.value)
+    assert "TOPSECRET" not in str(told.value)
+    assert place("s3://bucket/a:b@c?region=r-1").path == "bucket/a:b@c"
+
+
 @pytest.mark.parametrize("text", ["", "  ", "a\0b", "nowhere://x/y", "s3://"])
 def test_what_is_no_place_is_refused(text: str) -> None:
     with pytest.raises(InputError):
@@ -113,6 +131,18 @@ def test_other_folders_are_not_ours_to_replace(tmp_path: Path) -> None:
     check_writable(tmp_path / "empty")
     assert (tmp_path / "photos" / "cat.png").read_text() == "miau"
     assert (tmp_path / "plan" / "notes").is_dir()
+
+
+def test_what_others_put_below_ours_is_found(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "parts" / "empty").mkdir(parents=True)
+    (out / "parts" / "a").write_text("x")
+    (out / MANIFEST).write_text(_manifest("parts/a"))
+    check_writable(out)
+    (out / "parts" / "empty" / "deep").mkdir()
+    (out / "parts" / "empty" / "deep" / "cat.png").write_text("miau")
+    with pytest.raises(InputError, match="such as 'parts/empty'"):
+        check_writable(out)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
