@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from recray.training.plan import RunPlan
     from recray.tuning.compress import Limits
     from recray.tuning.space import Space
+    from recray.tuning.trial import TrialCache
 
 HTTP_USERS = 300  # that HTTP's share is measured by
 Where: TypeAlias = "str | os.PathLike[str]"
@@ -213,22 +214,24 @@ def compressed(
     """What `compress` does once its limits are read."""
     from recray.tuning.compress import search_compress
 
+    http_s = 0.0
     if http is not None and http not in ("lite", "fast"):
         http_s = config.parse_duration(http, what="http")
     retriever = open_any(checkpoint, "checkpoint")
     behind = None if ranker is None else open_any(ranker, "checkpoint")
     dataset, where = open_data(data, retriever), target(out, "search", retriever)
-    if http is None or http in ("lite", "fast"):
-        http_s = 0.0 if http is None else _http_share(retriever, behind, dataset, http, where)
+    if http in ("lite", "fast"):
+        http_s, more["http_mean_s"], more["kept"] = _http_share(retriever, behind, dataset, http, where)
+    base = None if behind is None else _measured_plan(retriever, behind)
     return search_compress(
-        retriever, behind, dataset, limits=limits, http_overhead_s=http_s, out=where, **more
+        retriever, behind, dataset, limits=limits, http_overhead_s=http_s, base=base, out=where, **more
     )
 
 
 def _http_share(
     retriever: Artefact, ranker: Artefact | None, data: Dataset, profile: str, out: storage.Place
-) -> float:
-    """What HTTP adds to an answer, its 99th percentile in seconds; kept beside `out` until the search ends.
+) -> tuple[float, float, dict[str, TrialCache]]:
+    """(what HTTP adds to an answer, its 99th percentile and mean in seconds; where it is kept).
 
     The uncompressed models are asked for the same users, one client after the other, in this process and over
     Ray Serve. Raises RecrayError when a request fails.
@@ -241,10 +244,11 @@ def _http_share(
     from recray.tuning.results import open_cache
     from recray.tuning.trial import Trial
 
-    cache = open_cache(out, {"http": profile, "of": retriever.hash, "versions": manifest.versions()}, "http")
+    of = [each.hash for each in (retriever, ranker) if each is not None]
+    cache = open_cache(out, {"http": profile, "of": of, "versions": manifest.versions()}, "http")
     name = cache.hash({"profile": profile})
     for kept in cache.load():
-        return kept.metrics["seconds"]
+        return kept.metrics["p99"], kept.metrics["mean"], {"http": cache}
     with storage.scratch() as folder:
         bundle = build(folder / "bundle", retriever, ranker, data)
         users = data.users.ids_of(np.arange(min(HTTP_USERS, data.n_users)))
@@ -258,10 +262,11 @@ def _http_share(
             asked, failed = ask(url, users, clients=1)
     if failed:
         raise RecrayError(f"HTTP's share cannot be measured ({failed[0]})", fix="give it, as in --http 2ms")
-    share = max(0.0, float(np.percentile(np.subtract(asked, alone[-len(users) :]), 99)))
-    cache.keep(Trial(hash=name, number=1, point={"profile": profile}, metrics={"seconds": share}))
-    say(f"HTTP, profile {profile}, takes {share * 1e3:.2f} ms of p99")
-    return share
+    shares = np.maximum(np.subtract(asked, alone[-len(users) :]), 0)
+    p99, mean = float(np.percentile(shares, 99)), float(shares.mean())
+    cache.keep(Trial(hash=name, number=1, point={"profile": profile}, metrics={"p99": p99, "mean": mean}))
+    say(f"HTTP, profile {profile}, takes {p99 * 1e3:.2f} ms of p99, {mean * 1e3:.2f} ms as a rule")
+    return p99, mean, {"http": cache}
 
 
 def shown_trial(found: Artefact, trial: str) -> dict[str, Any]:

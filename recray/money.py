@@ -64,13 +64,13 @@ class Bill:
         return {"compute": self.compute, "storage": self.storage, "total": self.total}
 
 
-def bill(core_s: float, size: float, price: Price, rps: float = 0.0) -> Bill:
+def bill(core_s: float, size: float, price: Price, rps: float = 0.0, least: int = 1) -> Bill:
     """1,000 recommendations of `core_s` seconds of a core each, by replicas that hold `size` bytes.
 
     rps: the load; 0 is one replica that answers one client after the other. There are as many replicas as
-    keep each BUSY at the most, each on a core.
+    keep each BUSY at the most, each on a core, and at least `least`.
     """
     rate = rps or BUSY / core_s
-    replicas = max(1, math.ceil(rate * core_s / BUSY - 1e-9))
+    replicas = max(least, math.ceil(rate * core_s / BUSY - 1e-9))
     compute = REQUESTS * core_s / BUSY * price.core_second
     return Bill(compute, replicas * (PROCESS + size) * REQUESTS / rate * price.byte_second)

@@ -21,13 +21,13 @@ from recray.data.sequences import Histories
 from recray.errors import ConfigError
 from recray.models.base import Context, Model, Ranker, Retriever
 from recray.models.why import Reasons, spread, together, why
-from recray.retrieval.arrange import Groups, Rules, arranged, fill
+from recray.retrieval.arrange import Groups, Rules, arranged, fill, reaching
 from recray.retrieval.delta import Delta
-from recray.retrieval.index import Found, Index, build_index, longest, ordered, without
+from recray.retrieval.index import Found, Index, build_index, longest, ordered, top_rows, without
 from recray.retrieval.lists import Candidates as Candidates
 from recray.retrieval.lists import Ranked as Ranked
 from recray.retrieval.lists import Source as Source
-from recray.retrieval.lists import merged, standard, top_rows
+from recray.retrieval.lists import merged, standard
 
 CELLS = 1 << 24  # scores of a model without vectors that are held at a time: 64 MB
 
@@ -248,6 +248,7 @@ class Recommender:
         for user, (line, given) in enumerate(zip(ranked.scores, ranked.rows)):
             vectors = self.vectors(given).numpy() if rules.diversity else None
             places = arranged(line, given, rules, groups, vectors)
+            places = reaching(places, candidates.rows[user], line, given, rules, groups, vectors)
             best[user, : len(places)], rows[user, : len(places)] = line[places], given[places]
         return Ranked(rows, best, ranked.sources)
 

@@ -95,12 +95,15 @@ def _recipe(old: Artefact, changes: list[str], fresh: bool) -> recipes.Recipe:
 
 
 def _plan(found: Artefact, last: Artefact) -> Any:
-    """The bundle's plan; the share of a ranker that was trained behind its retriever is the new one."""
+    """The bundle's plan; the share of a ranker that was trained behind its retriever is the new one.
+
+    How many candidates it has stays: a search may have chosen it for its budget.
+    """
     from recray.bundles.plan import Plan
 
     plan = config.build(Plan, found.manifest.recipe["plan"], where="plan")
     told = last.manifest.report.get("two_stages", {})
-    return dataclasses.replace(plan, **{name: told[name] for name in ("candidates", "blend") if name in told})
+    return dataclasses.replace(plan, **{name: told[name] for name in ("blend",) if name in told})
 
 
 def _words(told: Mapping[str, Any]) -> str:

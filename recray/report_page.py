@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from recray.tuning.pareto import megabytes
 from recray.tuning.picture import grid, round_ticks
 
 Numbers = Mapping[str, Any]
@@ -81,7 +82,7 @@ held out. Differences are paired by user, with their 95 % interval.</p>
 <h2>What the search tried</h2>
 <figure>{picture(search)}<figcaption>Each bubble is one way to pack the two models; its area is its bytes.
 Up is better, left is faster. Grey ones are beaten by another in quality, p99 and bytes at once; a dashed
-rim is over the size budget of {_bytes(search["budget"]["size"])}. Chosen:
+rim is over the size budget of {megabytes(search["budget"]["size"])}. Chosen:
 {escape(search["why"])}.</figcaption></figure>
 {trial_table(search)}
 <h2>Where the time went</h2>
@@ -115,7 +116,7 @@ def quality_table(report: Numbers) -> str:
         cells = [
             f"{ndcg:.4f}",
             told or "–",
-            "–" if count is None else _bytes(count),
+            "–" if count is None else megabytes(count),
             *(("–", "–") if not asked else (_ms(asked["p50_ms"]), _ms(asked["p99_ms"]))),
         ]
         lines.append(
@@ -136,7 +137,7 @@ def trial_table(search: Numbers) -> str:
             fits = "chosen" if trial["chosen"] else "fits" if trial["fits"] else "over budget"
             cells = (
                 f"<td>{trial['quality']:.4f}</td><td>{trial['p99_ms']:.2f} ms</td>"
-                f"<td>{_bytes(trial['bytes'])}</td><td>{fits}</td>"
+                f"<td>{megabytes(trial['bytes'])}</td><td>{fits}</td>"
             )
         lines.append(
             f'<tr class="{kind}"><td>{trial["number"]}</td>'
@@ -199,7 +200,7 @@ def picture(search: Numbers) -> str:
         f'<circle cx="{LEFT + rim:.1f}" cy="{HEIGHT - LARGEST - 4:.1f}" r="{rim:.1f}" fill="none" '
         'stroke="var(--limit)" stroke-dasharray="5 4"/>'
         f'<text class="limit" x="{LEFT + 8 + 2 * rim:.1f}" y="{HEIGHT - LARGEST:.1f}">'
-        f"size budget {_bytes(search['budget']['size'])}</text>"
+        f"size budget {megabytes(search['budget']['size'])}</text>"
     )
     edge: list[Numbers] = []  # those that nothing faster beats in quality
     for trial in sorted(good, key=lambda t: (t["p99_ms"], -t["quality"])):
@@ -222,7 +223,7 @@ def picture(search: Numbers) -> str:
 def _bubble(trial: Numbers, x: float, y: float, r: float, search: Numbers) -> str:
     shade = "best" if trial["chosen"] else "dull" if trial["dominated"] else "front"
     dashes = ' stroke-dasharray="4 3"' if trial["bytes"] > search["budget"]["size"] else ""
-    told = f"{trial['words']}: {trial['quality']:.4f}, {trial['p99_ms']:.2f} ms, {_bytes(trial['bytes'])}"
+    told = f"{trial['words']}: {trial['quality']:.4f}, {trial['p99_ms']:.2f} ms, {megabytes(trial['bytes'])}"
     made = (
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{r:.1f}" fill="var(--{shade})" '
         f'fill-opacity="{0.85 if trial["chosen"] else 0.28}" stroke="var(--{shade})"{dashes}>'
@@ -257,10 +258,3 @@ def _table(head: Sequence[str], lines: Sequence[str]) -> str:
 
 def _ms(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f} ms"
-
-
-def _bytes(count: float) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f} B"

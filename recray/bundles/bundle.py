@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from recray import config
 from recray.bundles.answer import Answer, Item, Reason, Request, Why
-from recray.bundles.changes import Changes
+from recray.bundles.changes import Changes, id_list, id_text
 from recray.bundles.filters import Filter, Filters
 from recray.bundles.plan import Plan
 from recray.bundles.rules import checked
@@ -99,9 +99,9 @@ class Front:
         built, oldest first. Raises InputError."""
         degraded: tuple[str, ...] = ()
         if history is not None:
-            rows = self.items.rows_of(_ids("history", history))
+            rows = self.items.rows_of(id_list("history", history))
         elif user is not None:
-            at = int(self.users.rows_of([_id("user", user)])[0])
+            at = int(self.users.rows_of([id_text("user", user)])[0])
             rows = self.histories[at] if at >= 0 else np.empty(0, np.int32)
             if events:
                 rows = self._joined(at, rows, events)
@@ -112,7 +112,7 @@ class Front:
         seen = {*rows.tolist()}
         if -1 in seen:
             rows, degraded = rows[rows >= 0], ("unknown history",) if len(seen) == 1 else degraded
-        barred = {*self.items.rows_of(_ids("exclude", exclude)).tolist(), *(seen if exclude_seen else ())}
+        barred = {*self.items.rows_of(id_list("exclude", exclude)).tolist(), *(seen if exclude_seen else ())}
         barred.discard(-1)
         made = Request(
             history=np.asarray(rows if self.changes is None else rows[rows < self.known], np.int32),
@@ -265,7 +265,7 @@ class Bundle(Front):
 
     def similar(self, item: str, k: int = 10, filter: Mapping[str, Any] | None = None) -> Answer:
         """The k items nearest to one. Raises InputError for an unknown item."""
-        row = int(self.items.rows_of([_id("item", item)])[0])
+        row = int(self.items.rows_of([id_text("item", item)])[0])
         if row < 0:
             raise InputError(f"unknown item {item!r:.80}")
         mask = self.filters.mask(self.wanted(filter))
@@ -281,7 +281,7 @@ class Bundle(Front):
         context: Mapping[str, Any] | None = None,
     ) -> Why:
         """Why this item has its score for a user, or for a history of item ids. Raises InputError."""
-        row = int(self.items.rows_of([_id("item", item)])[0])
+        row = int(self.items.rows_of([id_text("item", item)])[0])
         if row < 0:
             raise InputError(f"unknown item {item!r:.80}")
         return self.reasons(self.request(user, history, context=context), row)
@@ -385,16 +385,3 @@ def _histories(artefact: Artefact, folder: Path) -> Histories:
     paths = [folder / name for name in artefact.manifest.files if name.startswith("histories/")]
     arrays = {p.stem: np.asarray(np.load(p, mmap_mode="r", allow_pickle=False)) for p in paths}
     return Histories(arrays["items"], arrays["offsets"], arrays.get("weights"), arrays.get("times"))
-
-
-def _id(what: str, value: Any) -> str:
-    """An id as text; numbers are taken as they are written."""
-    if isinstance(value, bool) or not isinstance(value, (str, int, np.integer)):
-        raise InputError(f"{what} {value!r:.80} is not an id", fix="give text")
-    return str(value)
-
-
-def _ids(what: str, values: Any) -> list[str]:
-    if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__iter__"):
-        raise InputError(f"{what} is {values!r:.80}", fix="give a list of item ids")
-    return [value if type(value) is str else _id(what, value) for value in values]

@@ -93,7 +93,7 @@ def change(
     for ids, act in ((withdraw, out.update), (restore, out.difference_update)):
         if isinstance(ids, str):
             raise InputError(f"{ids!r:.80} is one id", fix="give a list of item ids")
-        named = [str(one) for one in ids]
+        named = id_list("what is withdrawn or restored", ids)
         unknown = [one for one in named if one not in new and one not in bundle.items]
         if unknown:
             raise InputError(f"unknown item {unknown[0]!r:.80}")
@@ -126,9 +126,11 @@ def with_changes(bundle: Some, changes: Changes) -> Some:
 def _added(bundle: Bundle, given: Mapping[str, Any]) -> Added:
     if not isinstance(given, Mapping) or not {"item"} <= set(given) <= {"item", "vector", "like", "features"}:
         raise InputError(f"a new item is {given!r:.80}", fix=ADD)
-    if ("vector" in given) == ("like" in given) or not isinstance(given.get("features", {}), Mapping):
+    if ("vector" in given) == ("like" in given):
         raise InputError(f"new item {given['item']!r:.80} has no vector, or two", fix=ADD)
-    name, index = str(given["item"]), bundle.recommender.index
+    if not isinstance(given.get("features", {}), Mapping):
+        raise InputError(f"features of {given['item']!r:.80} are {given['features']!r:.80}", fix=ADD)
+    name, index = id_text("a new item", given["item"]), bundle.recommender.index
     if not name or index is None:
         raise InputError(
             f"item {name!r:.80} cannot be added: "
@@ -158,14 +160,13 @@ def _mean(bundle: Bundle, like: Any) -> Sequence[float]:
 
 
 def _numbers(given: Any, dim: int) -> Sequence[float]:
-    numbers = given if isinstance(given, (list, tuple, np.ndarray)) else []
-    sound = all(
-        isinstance(x, (int, float, np.number)) and not isinstance(x, bool) and abs(float(x)) <= LARGEST
-        for x in numbers
-    )
+    numbers: list[Any] = list(given) if isinstance(given, (list, tuple, np.ndarray)) else []
+    kinds = (int, float, np.integer, np.floating)
+    sound = all(isinstance(x, kinds) and not isinstance(x, bool) for x in numbers)
+    sound = sound and all(-LARGEST <= x <= LARGEST for x in numbers)  # an int has no end
     if len(numbers) != dim or not sound:
         raise InputError(f"a vector is {given!r:.80}", fix=f"give {dim} finite numbers")
-    return list(numbers)
+    return numbers
 
 
 def _extended(features: pa.Table | None, n: int, added: Sequence[Added]) -> pa.Table | None:
@@ -184,3 +185,17 @@ def _extended(features: pa.Table | None, n: int, added: Sequence[Added]) -> pa.T
         plain = old.cast(kind) if pa.types.is_dictionary(old.type) else old
         columns[name] = pa.chunked_array([*plain.chunks, new], kind)
     return pa.table(columns)
+
+
+def id_text(what: str, value: Any) -> str:
+    """An id as text; numbers are taken as they are written."""
+    if isinstance(value, bool) or not isinstance(value, (str, int, np.integer)):
+        raise InputError(f"{what} {value!r:.80} is not an id", fix="give text")
+    return str(value)
+
+
+def id_list(what: str, values: Any) -> list[str]:
+    """A list of ids as text."""
+    if isinstance(values, (str, bytes, Mapping)) or not hasattr(values, "__iter__"):
+        raise InputError(f"{what} is {values!r:.80}", fix="give a list of item ids")
+    return [value if type(value) is str else id_text(what, value) for value in values]

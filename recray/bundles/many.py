@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from recray.bundles.bundle import Bundle, Request, open_bundle
+from recray.bundles.changes import Changes, with_changes
 from recray.data.sequences import Histories, append
 from recray.data.values import text_of
 from recray.errors import ArtefactError, InputError
@@ -72,7 +73,8 @@ def recommend_many(
     unknown = int((bundle.users.rows_of(ids) < 0).sum())
     if file is not None and unknown == len(ids):
         warn(f"{file}: the bundle knows none of these {unknown} users; are the ids those of its log?")
-    answer = partial(_answer_at, bundle.artefact.place.uri, bundle.generation, request)
+    uri = bundle.artefact.place.uri
+    answer = partial(_answer_at, uri, bundle.generation, bundle.changes or Changes(), request)
     if block_map is map:
         answer = partial(answer_chunk, bundle, request)
 
@@ -153,9 +155,11 @@ def _opened(uri: str) -> Bundle:
     return open_bundle(uri, threads=1)
 
 
-def _answer_at(uri: str, generation: str, request: Request, ids: Chunk) -> pa.Table:
+def _answer_at(uri: str, generation: str, changes: Changes, request: Request, ids: Chunk) -> pa.Table:
     """`answer_chunk` on a machine that opens the bundle itself, once a process."""
     bundle = _opened(uri)
+    if changes != (bundle.changes or Changes()):
+        bundle = with_changes(bundle, changes)
     if bundle.generation != generation:
         raise ArtefactError("was replaced while it was in use", where=uri)
     return answer_chunk(bundle, request, ids)

@@ -17,7 +17,9 @@ def options(parser: ArgumentParser) -> None:
     parser.add_argument("--ranker", metavar="CHECKPOINT", help="a trained ranker behind it")
     parser.add_argument("--data", metavar="DATASET", help="default: the dataset the manifest names")
     parser.add_argument("--p99", required=True, metavar="10ms", help="99th percentile of an answer's latency")
-    parser.add_argument("--size", required=True, metavar="64MB", help="bytes of everything a replica loads")
+    parser.add_argument(
+        "--size", required=True, metavar="64MB", help="bytes of the files of tables, graphs and index"
+    )
     parser.add_argument(
         "--rps", type=float, default=0, metavar="N", help="p99 at this load (default: 1 client)"
     )

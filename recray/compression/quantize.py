@@ -74,7 +74,7 @@ def quantize_static(path: Path, out: Path, samples: Sequence[Inputs]) -> None:
 
 
 def quantize_weights(path: Path, out: Path) -> None:
-    """Write the graph at `path` with the weights of its products in BITS, a scale for each BLOCK of inputs of
+    """Write the graph at `path` with the weights of its MatMuls in BITS, a scale for each BLOCK of inputs of
     an output channel. Raises GraphError for a graph that cannot be."""
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer

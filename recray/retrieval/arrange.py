@@ -15,7 +15,7 @@ Shapes: P items of the pool, best first; D dims; N items of the catalogue; k pla
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -133,9 +133,9 @@ def arranged(
     at = {row: place for place, row in enumerate(rows_P.tolist()) if row >= 0}
     fixed = _fixed(rules, at)
     room, open_P = Room(rules.caps, groups or {}), rows_P >= 0
+    open_P[list(fixed.values())] = False  # and no measure of the others
     apart = _Apart(scores_P, open_P, vectors_PD, rules.diversity) if rules.diversity else None
     for pin in fixed.values():
-        open_P[pin] = False
         room.take(int(rows_P[pin]))
         if apart is not None:
             apart.take(pin)
@@ -154,6 +154,27 @@ def arranged(
                 made.append(best)
                 break
     return np.array(made, np.int64)
+
+
+def reaching(
+    places: NDArray[np.int64],
+    order_P: NDArray[np.int64],
+    scores_P: NDArray[np.float32],
+    rows_P: NDArray[np.int64],
+    rules: Rules,
+    groups: Groups | None = None,
+    vectors_PD: NDArray[np.float32] | None = None,
+) -> NDArray[np.int64]:
+    """The places of `arranged`, or more where caps left some empty: one greedy order may fill fewer than
+    another, and `fill` has seen to it that `order_P`, rows as they were retrieved, does."""
+    if not rules.caps or len(places) >= rules.k:
+        return places
+    falling = -np.arange(len(order_P), dtype=np.float32)
+    others = order_P[arranged(falling, order_P, replace(rules, diversity=0.0), groups)]
+    if len(others) <= len(places):
+        return places
+    some_P = np.where(np.isin(rows_P, others), rows_P, -1)
+    return arranged(scores_P, some_P, rules, groups, vectors_PD)
 
 
 def _fixed(rules: Rules, at: Mapping[int, int]) -> dict[int, int]:

@@ -37,6 +37,7 @@ from recray.retrieval.index import (
     ordered,
     rescored,
     scan,
+    top_rows,
     without,
 )
 
@@ -204,9 +205,9 @@ def _edges(keys_BN: NDArray[Any], lanes: int, want: int) -> tuple[NDArray[Any], 
 
 
 def _by_looking_at_each(scores_BN: Tensor, want: int) -> Tensor:
-    """Rows int64[B, want] of the greatest scores; -1 where the score is -inf."""
-    top = scores_BN.topk(want, dim=1, sorted=False)
-    return top.indices.masked_fill(torch.isneginf(top.values), -1)
+    """Rows int64[B, want] of the greatest scores, of equal ones the lower rows; -1 where one is -inf."""
+    values_BC, rows_BC = top_rows(scores_BN, want)
+    return torch.from_numpy(rows_BC).masked_fill_(torch.from_numpy(np.isneginf(values_BC)), -1)
 
 
 def _held(table: Table, dense_ND: Tensor) -> bool:

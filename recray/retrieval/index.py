@@ -158,6 +158,17 @@ def longest(barred: Histories | None) -> int:
     return 0 if barred is None else int(barred.lengths.max(initial=0))
 
 
+def top_rows(scores_BN: Tensor, reach: int) -> Found:
+    """The best `reach` of whole lines of scores; among equal ones the lower rows."""
+    best = scores_BN.topk(reach, dim=1)
+    scores, rows = best.values, best.indices
+    torn = (scores_BN >= scores[:, -1:]).sum(dim=1) > reach  # equal scores on both sides of the edge
+    if bool(torn.any()):
+        again = scores_BN[torn].sort(dim=1, descending=True, stable=True)
+        scores[torn], rows[torn] = again.values[:, :reach], again.indices[:, :reach]
+    return scores.float().numpy(), rows.numpy()
+
+
 def rescored(
     table: Table, queries_BD: Tensor, rows_BC: Tensor, k: int, vectors_ND: Tensor | None = None
 ) -> Found:
@@ -182,8 +193,8 @@ def scan(table: Table, queries_BD: Tensor, rows_R: NDArray[np.int64], k: int) ->
     for start in range(0, len(rows_R), SCAN_ROWS):
         part_R = torch.from_numpy(rows_R[start : start + SCAN_ROWS])
         scores_BR = queries_BD @ table(part_R).T
-        best = scores_BR.topk(min(k + SLACK, len(part_R)), dim=1)
-        more, at = rescored(table, queries_BD, part_R[best.indices], k)
+        _, at_BC = top_rows(scores_BR, min(k + SLACK, len(part_R)))
+        more, at = rescored(table, queries_BD, part_R[torch.from_numpy(at_BC)], k)
         scores, rows = ordered(np.concatenate([scores, more], 1), np.concatenate([rows, at], 1), k)
     return ordered(scores, rows, k)
 

@@ -11,7 +11,6 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from recray.retrieval.index import Found, ordered
 
@@ -54,17 +53,6 @@ def merged(scores: NDArray[np.float32], rows: NDArray[np.int64]) -> Found:
     again[:, 1:] = in_turn[:, 1:] == in_turn[:, :-1]
     np.put_along_axis(scores, by_row, np.where(again, -np.inf, np.take_along_axis(scores, by_row, 1)), 1)
     return ordered(scores, rows, rows.shape[1])
-
-
-def top_rows(scores_BN: Tensor, reach: int) -> Found:
-    """The best `reach` of whole lines of scores; among equal ones the lower rows."""
-    best = scores_BN.topk(reach, dim=1)
-    scores, rows = best.values, best.indices
-    torn = (scores_BN >= scores[:, -1:]).sum(dim=1) > reach  # equal scores on both sides of the edge
-    if bool(torn.any()):
-        again = scores_BN[torn].sort(dim=1, descending=True, stable=True)
-        scores[torn], rows[torn] = again.values[:, :reach], again.indices[:, :reach]
-    return scores.numpy(), rows.numpy()
 
 
 def standard(

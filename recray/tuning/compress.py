@@ -5,15 +5,18 @@ from __future__ import annotations
 import math
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from recray.bundles.build import models_of
+from recray.bundles.plan import Plan
 from recray.data.dataset import Dataset
 from recray.errors import BudgetError, ConfigError, RecrayError
 from recray.manifest import Artefact, versions
 from recray.models.base import Model, Ranker, Retriever
-from recray.money import Price, bill
+from recray.money import Price
 from recray.progress import say, warn
 from recray.storage import Place, scratch
 from recray.tuning import front_page, packing
@@ -25,7 +28,7 @@ from recray.tuning.results import open_cache, write_search
 from recray.tuning.searcher import ConstrainedSearcher
 from recray.tuning.space import Space
 from recray.tuning.sweep import Objective, Sweep, run
-from recray.tuning.trial import Trial
+from recray.tuning.trial import Trial, TrialCache
 
 PARTS_FROM = 12  # trials from which single choices are measured beforehand: they take as long as a few trials
 
@@ -63,7 +66,10 @@ def search_compress(
     limits: Limits,
     trials: int = 20,
     out: str | os.PathLike[str] | Place,
+    base: Plan | None = None,
     http_overhead_s: float = 0.0,
+    http_mean_s: float | None = None,
+    kept: Mapping[str, TrialCache] = MappingProxyType({}),
     workers: int = 1,
     metric: str = "ndcg@10",
     users: int = 2000,
@@ -78,7 +84,8 @@ def search_compress(
 
     Quality is measured on at most `users` validation cases, never on the test split; p99 is one user at
     a time on a pinned core (or the load's share of one) plus `http_overhead_s`, the measured share of the
-    way to it; size is the bytes of tables, graphs and index. The first trial is the uncompressed plan.
+    way to it (`http_mean_s`, None: the same, is its share as a rule); size is the bytes of the files of
+    tables, graphs and index. The first trial is the uncompressed plan, `base`.
 
     Of the trials that fit, those whose quality cannot be told from the best one's - the 95 % interval
     of the paired difference holds zero, and the difference is at most `tolerance` of it - compete by
@@ -88,20 +95,15 @@ def search_compress(
 
     workers: trials at once on Ray Tune; 0 runs them here. `objective` replaces building and measuring.
     parts: whether single choices are measured first (see `forecast.py`); None: from PARTS_FROM trials on.
+    kept: what else was measured for this search, by the folder of the artefact that it is kept in.
     """
     budget = limits.budget
-    if not 0 <= http_overhead_s < limits.p99:
-        raise ConfigError(
-            f"{milliseconds(limits.p99)} of p99 leave nothing beside the "
-            f"{milliseconds(http_overhead_s)} of HTTP",
-            fix="give a larger --p99",
-        )
+    _check_http(http_overhead_s, limits.p99)
     models = models_of(retriever, ranker, dataset)
     space = _space(*models)
     _check_size(space, models, limits.size)
-    parents = {"dataset": dataset.artefact, "checkpoint": retriever}
-    if ranker is not None:
-        parents["ranker"] = ranker
+    second = {} if ranker is None else {"ranker": ranker}
+    parents = {"dataset": dataset.artefact, "checkpoint": retriever, **second}
     tried = packing.PlanTrial(
         retriever=retriever.place.uri,
         ranker=None if ranker is None else ranker.place.uri,
@@ -109,10 +111,10 @@ def search_compress(
         metric=metric,
         users=users,
         seed=seed,
-        effort=limits.effort(effort or Effort(), http_overhead_s),
+        effort=limits.effort(effort or Effort(), http_overhead_s if http_mean_s is None else http_mean_s),
     )
-    hashes = {role: parent.hash for role, parent in parents.items()}
-    work = Work(space, models, tried, budget, limits, http_overhead_s, tolerance, out, hashes)
+    http = (http_overhead_s, http_mean_s)
+    work = Work(space, models, tried, budget, limits, http, tolerance, out, parents, base)
     with scratch() as pieces:
         asked = objective or replace(tried, pieces=pieces)
         if objective is None and (trials >= PARTS_FROM if parts is None else parts):
@@ -125,7 +127,8 @@ def search_compress(
         "given": {**tried.settings(), "trials": trials, "tolerance": tolerance},
     }
     made = write_search(
-        out, work.cache, found, front=front, chosen=chosen, parents=parents, recipe=recipe, parts=work.parts,
+        out, work.cache, found, front=front, chosen=chosen, parents=parents, recipe=recipe,
+        kept={"parts": work.parts, **kept},
         pages={front_page.PAGE: front_page.page(front), front_page.PICTURE: front_page.picture(front)},
     )  # fmt: skip
     _tell(made, front, chosen)
@@ -142,14 +145,17 @@ class Work:
         tried: packing.PlanTrial,
         budget: Budget,
         limits: Limits,
-        http: float,
+        http: tuple[float, float | None],
         tolerance: float,
         out: str | os.PathLike[str] | Place,
-        hashes: dict[str, str],
+        parents: Mapping[str, Artefact],
+        base: Plan | None = None,
     ) -> None:
+        """http: its share of p99, and of an answer as a rule (None: the same)."""
         self.space, self.tried = space, tried
-        first = packing.first_points(space)
+        first = packing.first_points(space, base)
         self.usual = first[0]
+        hashes = {role: parent.hash for role, parent in parents.items()}
         context = {"inputs": hashes, "given": tried.settings(), **_here()}
         self.cache = open_cache(out, context)
         self.parts = open_cache(out, {**context, "given": tried.as_part().settings()}, "parts")
@@ -158,21 +164,24 @@ class Work:
             *models,
             budget,
             tried.metric,
-            overhead=http,
+            overhead=http[0],
             seed=tried.seed,
-            cost=lambda seconds, size: bill(seconds, size, limits.price, limits.rps).total,
+            cost=lambda seconds, size: self.judge.cost(seconds, size).total,
+            usual=self.usual,
         )
         self.judge = Judge(
             budget,
             tried.metric,
-            http,
+            http[0],
             tolerance,
             self.cache.hash(packing.canonical(self.usual)),
+            mean=http[1],
             price=limits.price,
             rps=limits.rps,
+            replicas=cores() if limits.rps else 1,
             forecast=self.forecast,
         )
-        terms = {"p99": limits.p99 - http, "bytes": limits.size}
+        terms = {"p99": limits.p99 - http[0], "bytes": limits.size}
         self.searcher = ConstrainedSearcher(
             space,
             {tried.metric: "max"},
@@ -249,6 +258,15 @@ def _tell(made: Artefact, front: dict[str, Any], chosen: dict[str, Any]) -> None
             chosen["why"], fix=f"give a larger budget or more --trials; {made.place} keeps what was tried"
         )
     say(f"chosen: {chosen['why']}")
+
+
+def _check_http(share: float, p99: float) -> None:
+    """Raise ConfigError where HTTP alone takes as long as is allowed."""
+    if not 0 <= share < p99:
+        raise ConfigError(
+            f"{milliseconds(p99)} of p99 leave nothing beside the {milliseconds(share)} of HTTP",
+            fix="give a larger --p99",
+        )
 
 
 def _check_size(space: Space, models: tuple[Model, Model | None], size: float) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -77,12 +78,14 @@ def part_points(space: Space, usual: Point) -> list[Point]:
 class Forecast:
     """Bytes, latency and quality of plans by what was measured so far; proposes plans under a budget.
 
-    overhead: seconds of HTTP that the budget's p99 counts in. cost: (seconds of a core, bytes) -> money.
+    overhead: seconds of HTTP that the budget's p99 counts in. cost: (seconds in process, bytes) ->
+    money. usual: the uncompressed plan, see `packing.first_points`.
     """
 
     def __init__(
         self, space: Space, retriever: Model, ranker: Model | None, budget: Budget, metric: str,
         *, overhead: float = 0.0, seed: int = 0, cost: Callable[[float, float], float] | None = None,
+        usual: Point | None = None,
     ) -> None:  # fmt: skip
         self.space, self.budget, self.metric, self.overhead = space, budget, metric, overhead
         self.models = {"retriever": retriever, "ranker": ranker}
@@ -95,8 +98,9 @@ class Forecast:
         self._values: list[Value] = []
         self._good: list[Point] = []
         self._users: list[Sequence[float] | None] = []  # of each good one: its value for each user, if whole
-        self.usual = packing.canonical(packing.first_points(space)[0])
+        self.usual = packing.canonical(usual or packing.first_points(space)[0])
         self.plain: dict[bool, float] = {}  # of a part / whole: the uncompressed plan's quality
+        self._early: dict[bool, list[Seen]] = {True: [], False: []}  # came before it, with their own quality
 
     def learn(self, trial: Trial, *, part: bool = False) -> None:
         """What a part or a trial measured."""
@@ -106,17 +110,22 @@ class Forecast:
         quality = metrics[self.metric]
         if packing.canonical(point) == self.usual:
             self.plain[part] = quality
-        self.model.learn(
-            Seen(
-                key=json.dumps(packing.canonical(point), sort_keys=True),
-                features=self.features(point),
-                choices=choices(point),
-                stages=trial.detail["latency"].get("stages") or {},
-                p50=None if part else metrics["p50"],
-                p99=None if part else metrics["p99"],
-                quality=quality / self.plain[part] if self.plain.get(part) else None,
-            )
+        plain = self.plain.get(part)
+        seen = Seen(
+            key=json.dumps(packing.canonical(point), sort_keys=True),
+            features=self.features(point),
+            choices=choices(point),
+            stages=trial.detail["latency"].get("stages") or {},
+            p50=None if part else metrics["p50"],
+            p99=None if part else metrics["p99"],
+            quality=quality / plain if plain else None,
         )
+        self.model.learn(seen)
+        self._early[part].append(replace(seen, features={}, stages={}, p50=None, p99=None, quality=quality))
+        if plain:  # of all but this one: what the uncompressed plan was not known for
+            for early in self._early[part][:-1]:
+                self.model.learn(replace(early, quality=(early.quality or 0.0) / plain))
+            self._early[part].clear()
         self._weigh(trial)
         if not part:
             self._values.append(Value(quality, metrics["p99"] + self.overhead, metrics["bytes"]))
@@ -209,9 +218,7 @@ class Forecast:
         if share is None or told.p50 is None or told.p99 is None:
             return None
         plain, size = self.plain.get(False, self.plain.get(True, 0.0)), self.bytes(point)
-        return Value(
-            share * plain, told.p99 + self.overhead, size, self._cost(told.p50 + self.overhead, size)
-        )
+        return Value(share * plain, told.p99 + self.overhead, size, self._cost(told.p50, size))
 
     def _pool(self) -> list[Point]:
         made = [self.space.sample(self._rng) for _ in range(POOL // 2)]

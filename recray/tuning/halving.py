@@ -59,10 +59,15 @@ class Halving:
 def scheduled(scheduler: str, grace: int, eta: int, epochs: int) -> Halving | None:
     """By the name of a scheduler; a `grace` of 0 is a sixth of the `epochs`, one at least.
 
-    Raises ConfigError for a scheduler that is not known.
+    Raises ConfigError for a scheduler that is not known, and a grace that leaves nothing to stop.
     """
     if scheduler not in SCHEDULERS:
         raise unknown_name("scheduler", scheduler, SCHEDULERS)
+    if scheduler == "asha" and 1 < epochs <= grace:
+        raise ConfigError(
+            f"grace is {grace} of {epochs} epochs: no trial would be stopped",
+            fix="give a smaller --grace, or --scheduler none",
+        )
     return Halving(epochs, grace or max(1, epochs // GRACE), eta) if scheduler == "asha" else None
 
 

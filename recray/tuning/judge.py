@@ -41,20 +41,31 @@ class Judge:
         tolerance: float,
         reference: str,
         *,
+        mean: float | None = None,
         price: Price | None = None,
         rps: float = 0.0,
+        replicas: int = 1,
         forecast: Forecast | None = None,
     ) -> None:
-        """rps: the load that p99 is told for, 0 = one client. forecast: whose error is told."""
+        """overhead, mean: HTTP's share of p99, and of an answer as a rule (None: the same).
+
+        rps: the load that p99 is told for, 0 = one client, shared by `replicas`. forecast: whose error is
+        told.
+        """
         self.budget, self.metric, self.overhead = budget, metric, overhead
+        self.mean = overhead if mean is None else mean
+        self.replicas = replicas
         self.tolerance, self.reference = tolerance, reference
         self.price, self.rps, self.forecast = price or Price(), rps, forecast
         self.plain: float | None = None  # the reference's quality, once known
 
     def bill(self, metrics: Mapping[str, float]) -> Bill:
         """What 1,000 recommendations of a trial cost: its core, HTTP's share of it, and its bytes."""
-        core = metrics.get("mean", metrics["p50"]) + self.overhead
-        return bill(core, metrics["bytes"], self.price, self.rps)
+        return self.cost(metrics.get("mean", metrics["p50"]), metrics["bytes"])
+
+    def cost(self, seconds: float, size: float) -> Bill:
+        """The same of seconds in process and bytes."""
+        return bill(seconds + self.mean, size, self.price, self.rps, self.replicas)
 
     def derived(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """The metrics, and what limits name beside them."""
@@ -84,7 +95,7 @@ class Judge:
         interval = f" [{', '.join(ends)}]" if ends else ""
         return (
             f"{self.metric} {value.quality:.4f}{loss}  "
-            f"p50 {milliseconds(trial.metrics['p50'] + self.overhead)}  "
+            f"p50 {milliseconds(trial.metrics['p50'] + self.mean)}  "
             f"p99 {milliseconds(value.p99)}{interval}  {megabytes(value.bytes)}{cost}  {said}{notes}"
         )
 
@@ -114,13 +125,14 @@ class Judge:
             "trials": [self._row(trial, beaten.get(trial.hash), usual, whole) for trial in found],
         }
         chosen = self._chosen(good, values, choice, usual)
-        return {**front, "why": chosen["why"], "bounded_by": chosen["bounded_by"]}, chosen
+        told = {name: chosen.get(name) for name in ("why", "bounded_by", "nearest")}
+        return {**front, **told}, chosen
 
     def terms(self) -> dict[str, float | None]:
         """The budget as JSON: its limits, the load they are for, and HTTP's share."""
         cost = None if math.isinf(self.budget.cost) else self.budget.cost
         limits = {"p99": self.budget.p99, "size": self.budget.size, "cost": cost}
-        return {**limits, "rps": self.rps, "http": self.overhead}
+        return {**limits, "rps": self.rps, "http": self.overhead, "http_mean": self.mean}
 
     def _predictor(self) -> dict[str, Any] | None:
         if self.forecast is None:

@@ -84,9 +84,9 @@ def tidy(point: Mapping[str, Scalar], usual: Mapping[str, Scalar]) -> Point:
     return {name: usual[name] if name in idle else value for name, value in point.items()}
 
 
-def first_points(space: Space) -> list[Point]:
-    """Nothing compressed (the reference), then the guess that an expert would try."""
-    plain = config.as_dict(Plan())
+def first_points(space: Space, base: Plan | None = None) -> list[Point]:
+    """Nothing compressed (the reference: `base`, by default as plans come), then an expert's guess."""
+    plain = config.as_dict(base or Plan())
     wished = {"retriever_codec": "int8", "ranker_codec": "int8"}
     wished |= {"encoder_graph": "onnx-int8", "ranker_graph": "onnx-int8", "index": "exact"}
     usual: Point = {name: plain.get(name, int(d.low)) for name, d in space.dimensions.items()}

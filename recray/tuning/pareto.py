@@ -150,12 +150,12 @@ def money(amount: float) -> str:
 
 def milliseconds(seconds: float) -> str:
     """0.0123 -> '12.3 ms'"""
-    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    return f"{seconds * 1e3:.3g} ms" if seconds < 0.9995 else f"{seconds:.3g} s"
 
 
 def megabytes(count: float) -> str:
     """1234567 -> '1.23 MB'"""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
+        if count >= 0.9995 * size:  # below it three digits suffice for the unit below
             return f"{count / size:.3g} {unit}"
     return f"{count:.0f} B"

@@ -167,7 +167,7 @@ def asked_in_turn(opened: Bundle, requests: str, k: int) -> tuple[Ask, int, Spen
         _noted(recommender, "_scanned", now, "search")
     else:
         _noted(recommender, "_encode", now, "encode")
-        _noted(recommender.index, "search", now, "search")
+        _noted(recommender.index, "search_without", now, "search")
     if recommender.ranker is not None and recommender.blend < 1:
         _noted(recommender, "_score", now, "rank")
     spent: Spent = {stage: [] for stage in now}

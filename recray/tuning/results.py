@@ -6,6 +6,7 @@ chosen.json   which one, why, and what bounded it
 best/         (hyper-parameter searches) the best trial's checkpoint
 trials.html   (hyper-parameter searches) a picture of all trials
 parts/        (compression) what was measured of single choices, one file each, see `forecast.py`
+http/         (compression) what HTTP was measured to add, where it was
 front.html    (compression) quality against p99 and bytes of all trials, to be explored; front.svg a picture
 """
 
@@ -16,6 +17,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from recray.errors import ArtefactError
@@ -66,9 +68,9 @@ def write_search(
     best: Callable[[Path], object] | None = None,
     pages: Mapping[str, str] | None = None,
     report: Mapping[str, Any] | None = None,
-    parts: TrialCache | None = None,
+    kept: Mapping[str, TrialCache] = MappingProxyType({}),
 ) -> Artefact:
-    """Leave the search at `out` and clear what waited beside it; `parts` are kept in a folder of their own.
+    """Leave the search at `out` and clear what waited beside it; `kept` has a folder of its own for each.
 
     `best` fills the folder `best/`; `pages` are further files, name -> text; `report` is told, too.
     """
@@ -77,10 +79,10 @@ def write_search(
         (folder / "trials").mkdir()
         for trial in trials:
             (folder / "trials" / f"{trial.hash}.json").write_bytes(file_bytes(trial, cache.context))
-        if parts is not None:
-            (folder / "parts").mkdir()
-            for part in parts.load():
-                (folder / "parts" / f"{part.hash}.json").write_bytes(file_bytes(part, parts.context))
+        for name, more in kept.items():
+            (folder / name).mkdir()
+            for one in more.load():
+                (folder / name / f"{one.hash}.json").write_bytes(file_bytes(one, more.context))
         (folder / "front.json").write_text(json.dumps(front, indent=1))
         (folder / "chosen.json").write_text(json.dumps(chosen, indent=1))
         for name, text in (pages or {}).items():

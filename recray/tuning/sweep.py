@@ -73,7 +73,7 @@ class Sweep:
     def left(self) -> int:
         """How many trials are still to be begun, or to be gone on with where they were cut off."""
         under_way = len(self._running) + len(self._waiting)
-        if len(self.trials) >= HOPELESS and not under_way and all(trial.error for trial in self.trials):
+        if len(self.trials) >= HOPELESS and not self._waiting and all(trial.error for trial in self.trials):
             return 0
         if time.monotonic() > self._until_s:
             return 0

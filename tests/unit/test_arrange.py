@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from recray.data.sequences import Histories
-from recray.retrieval.arrange import Groups, Rules, arranged, fill
+from recray.retrieval.arrange import Groups, Rules, arranged, fill, reaching
 
 
 def plain(
@@ -35,7 +35,8 @@ def plain(
         x, y = vectors[rows.index(a)].astype(float), vectors[rows.index(b)].astype(float)
         return float(x @ y / max(np.linalg.norm(x) * np.linalg.norm(y), 1e-30))
 
-    span = max(float(scores.max() - scores.min()), 1e-30)
+    left = [float(score) for row, score in zip(rows, scores) if row not in chosen] or [0.0]
+    low, span = min(left), max(max(left) - min(left), 1e-30)
     for place in range(rules.k):
         if place in fixed:
             made.append(fixed[place])
@@ -45,7 +46,7 @@ def plain(
             if row in chosen or not fits(row):
                 continue
             near = max((cosine(row, other) for other in chosen), default=0.0)
-            worth = (1 - rules.diversity) * (float(score) - float(scores.min())) / span
+            worth = (1 - rules.diversity) * (float(score) - low) / span
             worth -= rules.diversity * near
             if worth > value + 1e-12:
                 best, value = row, worth
@@ -135,3 +136,24 @@ def test_a_pool_is_filled_as_if_it_were_the_whole_catalogue(most: int, values: i
     assert got.tolist() == wanted.tolist()
     assert len(got) == min(k, sum(min(most, int((skewed == v).sum())) for v in range(values)))
     assert len(asked) <= 4
+
+
+def test_caps_that_one_order_cannot_keep_are_kept_by_another() -> None:
+    groups = {"colour": Histories.of([[0, 1], [0], [1], [2]])}
+    rules = Rules(3, caps=(("colour", 1),))
+    scores, rows = np.array([4, 3, 2, 1], np.float32), np.arange(4)
+    order = np.array([1, 2, 3, 0])  # as retrieved: two of one colour each in place of one of both
+    places = arranged(scores, rows, rules, groups)
+    assert rows[places].tolist() == [0, 3]
+    wider = reaching(places, order, scores, rows, rules, groups)
+    assert rows[wider].tolist() == [1, 2, 3]
+    assert reaching(wider, order, scores, rows, rules, groups) is wider
+
+
+def test_a_pin_far_behind_does_not_weigh_on_the_others() -> None:
+    vectors = np.array([[1, 0], [1, 0.1], [0, 1], [1, 1]], np.float32)
+    scores, rows = np.array([1.0, 0.9, 0.1, -1000.0], np.float32), np.arange(4)
+    free = arranged(scores[:3], rows[:3], Rules(3, diversity=0.3), {}, vectors[:3])
+    pinned = arranged(scores, rows, Rules(4, ((3, 3),), diversity=0.3), {}, vectors)
+    assert free.tolist() == [0, 1, 2]
+    assert pinned.tolist() == [0, 1, 2, 3]

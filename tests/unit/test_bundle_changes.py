@@ -152,6 +152,12 @@ def test_both_layouts_answer_as_the_changed_bundle(bundle: Bundle) -> None:
         {"add": [{"item": "new", "like": ["i1"], "features": {"price": "cheap"}}]},
         {"add": [{"item": "", "like": ["i1"]}]},
         {"add": ["new"]},
+        {"add": [{"item": None, "like": ["i1"]}]},
+        {"add": [{"item": ["a"], "like": ["i1"]}]},
+        {"add": [{"item": "new", "like": ["i1"], "features": None}]},
+        {"add": [{"item": "new", "vector": [10**400] * 16}]},
+        {"withdraw": 5},
+        {"withdraw": [None]},
     ],
 )
 def test_what_cannot_be_changed_is_refused_in_a_line(bundle: Bundle, asked: Any) -> None:

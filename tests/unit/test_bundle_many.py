@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from recray import api
 from recray.bundles import many
 from recray.bundles.bundle import Bundle
+from recray.bundles.changes import change
 from recray.bundles.many import read_users
 from recray.data import formats, interactions, spans
 from recray.errors import InputError
@@ -158,3 +159,19 @@ def test_what_holds_no_users_is_refused(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=said) as error:
             read_users(tmp_path / name)
         assert name in str(error.value)
+
+
+def test_a_changed_bundle_answers_elsewhere_as_here(bundle: Bundle, tmp_path: Path) -> None:
+    changed = change(bundle, withdraw=["i1", "i2"])
+    made = []
+    for name, block_map in (("here", map), ("there", lambda answer, chunks: map(answer, chunks))):
+        many.recommend_many(
+            changed,
+            USERS,
+            k=7,
+            out=place(tmp_path / name),
+            block_map=block_map,  # type: ignore[arg-type]
+        )
+        made.append(pq.read_table(tmp_path / name / many.FILE))
+    assert made[0].equals(made[1])
+    assert not {"i1", "i2"} & set(made[0].column("item").to_pylist())

@@ -111,3 +111,23 @@ def test_order_of_signed_zeros_infinities_and_equals() -> None:
     assert order.tolist() == [[4, 6, 2, 7, 2_000_000_000, 5, 1, -1, -1]]
     assert best[0, 0] == np.inf
     assert np.isneginf(best[0, 7:]).all()
+
+
+@pytest.mark.parametrize("n", [100, 1000, 30_000])
+def test_of_equal_scores_the_lower_rows_are_found(n: int) -> None:
+    index = build_index("exact", torch.zeros(n, 8), {"precision": "f32"})
+    allowed = np.arange(n) % 2 == 1
+    allowed[n // 10 :] = False
+    assert index.search(torch.ones(1, 8), 4)[1].tolist() == [[0, 1, 2, 3]]
+    assert index.search(torch.ones(1, 8), 4, allowed)[1].tolist() == [[1, 3, 5, 7]]
+
+
+def test_ties_of_one_user_do_not_change_the_list_of_another() -> None:
+    draw = torch.Generator().manual_seed(3)
+    vectors = torch.randint(0, 2, (20_000, 4), generator=draw).float()
+    index = build_index("exact", vectors, {"precision": "f32"})
+    one, other = torch.tensor([[1.0, 2.0, 4.0, 8.0]]), torch.tensor([[0.0, 0.0, 0.0, 1.0]])
+    alone = index.search(one, 20)[1]
+    assert index.search(torch.cat([one, other]), 20)[1][:1].tolist() == alone.tolist()
+    wanted = torch.sort(vectors @ one[0], descending=True, stable=True).indices[:20]
+    assert alone[0].tolist() == wanted.tolist()

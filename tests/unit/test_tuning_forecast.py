@@ -231,3 +231,22 @@ def test_parts_are_measured_once_and_kept_with_the_search(
     assert [path.read_bytes() for path in kept] == stamps
     assert front["predictor"]["words"].startswith("out of range"), "three wholes are too few"
     assert all(row["latency"]["stages"] for row in front["trials"])
+
+
+def test_what_came_before_the_uncompressed_plan_counts_as_much(
+    space: Space, models: tuple[Retriever, Ranker]
+) -> None:
+    usual = packing.first_points(space)[0]
+    points = part_points(space, usual)
+    size = {"retriever": 40_000, "ranker": 20_000, "index": 0}
+    forecasts = []
+    for order in (points, [*points[1:], points[0]]):
+        forecast = Forecast(space, *models, Budget(1.0, 1e9), "ndcg@10")
+        for point in order:
+            quality = 0.5 - 0.02 * (point["retriever_codec"] == "int4")
+            forecast.learn(trial(point, quality, size=size), part=True)
+        forecasts.append(forecast)
+    asked = choices({**usual, "retriever_codec": "int4", "candidates": 100})
+    first, last = (forecast.model.quality(asked) for forecast in forecasts)
+    assert first == pytest.approx(0.96, abs=0.01)
+    assert last == pytest.approx(first)

@@ -157,3 +157,16 @@ def test_words_leave_out_what_is_usual() -> None:
     assert words({"codec": "int8", "links": 8}, usual) == "codec=int8"
     assert words(usual, usual) == "as trained"
     assert words({"a": 1, "b": None}) == "a=1 b=None"
+
+
+def test_a_hopeless_search_ends_while_others_still_run(tmp_path: Path) -> None:
+    asked = sweep(tmp_path, 30)
+    running = [asked.next() for _ in range(3)]
+    for _ in range(5):
+        name = running.pop(0)
+        assert name is not None
+        asked.done(name[0], None, "No space left")
+        if (more := asked.next()) is not None:
+            running.append(more)
+    assert asked.next() is None
+    assert asked.running == 2
