@@ -157,7 +157,7 @@ class Asked:
 def ours(asked: Asked) -> Ran:
     """Parts, then whole trials until the time is up."""
     limits = Limits(p99=asked.corner[1], size=asked.corner[2])
-    hashes = {"dataset": asked.data.artefact.hash, "checkpoint": asked.retriever.hash}
+    parents = {"dataset": asked.data.artefact, "checkpoint": asked.retriever}
     tried = replace(asked.tried, pieces=_made(asked.folder / "pieces"))
     start, until = time.time(), time.monotonic() + asked.seconds
     seeded = replace(tried, seed=asked.seed)  # of the searcher; trials are of the same users
@@ -167,10 +167,10 @@ def ours(asked: Asked) -> Ran:
         seeded,
         limits.budget,
         limits,
-        0.0,
+        (0.0, None),
         0.01,
         asked.folder / "out",
-        hashes,
+        parents,
     )
     work.measure_parts(tried, 1, None, until)
     try:

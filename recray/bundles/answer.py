@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from recray.bundles.filters import Filter
+from recray.data.sequences import Histories
 from recray.retrieval.arrange import Rules
 
 
@@ -62,6 +63,7 @@ class Answer:
 class Request:
     """A checked request. history, exclude: item rows int32[L] and int32[X]; k is at most N.
 
+    weights: of the history, float32[L], or None for 1 each.
     filter: what features must hold, the bundle's own filter included; context: column -> value row;
     rules: pins, caps and diversity, None where none is asked for.
     """
@@ -73,8 +75,18 @@ class Request:
     context: Mapping[str, int]
     degraded: tuple[str, ...] = ()
     rules: Rules | None = None
+    weights: NDArray[np.float32] | None = None
 
     @property
     def pinned(self) -> frozenset[int]:
         """The rows that are pinned."""
         return frozenset() if self.rules is None else frozenset(row for _, row in self.rules.pins)
+
+
+def histories_of(requests: Sequence[Request]) -> Histories:
+    """The histories of requests, with weights where one has them."""
+    made = Histories.of([request.history for request in requests])
+    if all(request.weights is None for request in requests):
+        return made
+    each = [np.ones(len(r.history), np.float32) if r.weights is None else r.weights for r in requests]
+    return replace(made, weights=np.concatenate(each))

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from recray import config
-from recray.bundles.answer import Answer, Item, Reason, Request, Why
+from recray.bundles.answer import Answer, Item, Reason, Request, Why, histories_of
 from recray.bundles.changes import Changes, id_list, id_text
 from recray.bundles.filters import Filter, Filters
 from recray.bundles.plan import Plan
@@ -28,7 +28,7 @@ from recray.bundles.stage import read_stage
 from recray.data.ids import Ids
 from recray.data.sequences import Histories
 from recray.errors import ArtefactError, InputError
-from recray.feedback.events import Kept, joined
+from recray.feedback.events import Kept, order
 from recray.manifest import Artefact, open_artefact
 from recray.models.base import Ranker, Retriever
 from recray.models.embeddings import DenseTable, Table
@@ -98,29 +98,32 @@ class Front:
         """Check what was asked and turn its ids into rows; `events` are the user's since the bundle was
         built, oldest first. Raises InputError."""
         degraded: tuple[str, ...] = ()
+        weights: NDArray[np.float32] | None = None
         if history is not None:
             rows = self.items.rows_of(id_list("history", history))
         elif user is not None:
             at = int(self.users.rows_of([id_text("user", user)])[0])
-            rows = self.histories[at] if at >= 0 else np.empty(0, np.int32)
-            if events:
-                rows = self._joined(at, rows, events)
+            rows, weights = self._history(at, events)
             if at < 0 and not len(rows):
                 degraded = ("unknown user",)
         else:
             rows = np.empty(0, np.int32)
         seen = {*rows.tolist()}
-        if -1 in seen:
+        if -1 in seen:  # of a history that is given, which has no weights
             rows, degraded = rows[rows >= 0], ("unknown history",) if len(seen) == 1 else degraded
         barred = {*self.items.rows_of(id_list("exclude", exclude)).tolist(), *(seen if exclude_seen else ())}
         barred.discard(-1)
+        if self.changes is not None:  # of what was added nothing was learned
+            weights = None if weights is None else weights[rows < self.known]
+            rows = rows[rows < self.known]
         made = Request(
-            history=np.asarray(rows if self.changes is None else rows[rows < self.known], np.int32),
+            history=np.asarray(rows, np.int32),
             exclude=np.array(sorted(barred), np.int32),
             k=self._count(k),
             filter=self.wanted(filter),
             context=self._context(context),
             degraded=degraded,
+            weights=weights,
         )
         return self._ruled(made, pin, caps, diversity) if pin or caps or diversity else made
 
@@ -134,15 +137,22 @@ class Front:
         degraded = made.degraded if known and not out.any() else (*made.degraded, "pin left out")
         return replace(made, rules=rules, degraded=degraded)
 
-    def _joined(self, at: int, rows: NDArray[np.int32], events: Sequence[Kept]) -> NDArray[np.int32]:
-        """The history of user row `at` (below 0: not known) with the events that the model can use."""
+    def _history(
+        self, at: int, events: Sequence[Kept]
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32] | None]:
+        """The history of user row `at` (below 0: not known) with the events that the model can use, and its
+        weights where the bundle has any."""
+        some = slice(*self.histories.offsets[at : at + 2]) if at >= 0 else slice(0, 0)
+        rows, weights, known = self.histories.items[some], self.histories.weights, self.histories.times
+        if not events:
+            return rows, None if weights is None else weights[some]
         found = self.items.rows_of([event.item for event in events])
-        used = (found >= 0) & (np.array([event.weight for event in events]) > 0)
+        strong = np.array([event.weight for event in events], np.float32)
+        used = (found >= 0) & (strong > 0)
         times = np.array([event.time for event in events])
-        known = self.histories.times
-        if known is not None:
-            known = known[slice(*self.histories.offsets[at : at + 2])] if at >= 0 else known[:0]
-        return joined(rows, known, found[used], times[used])
+        placed = order(rows, None if known is None else known[some], found[used], times[used])
+        both = np.concatenate([rows, found[used]])[placed]
+        return both, None if weights is None else np.concatenate([weights[some], strong[used]])[placed]
 
     def allowed(self, request: Request) -> NDArray[np.bool_] | None:
         """The items that the request's filter leaves, bool[N], or None without a filter."""
@@ -254,7 +264,7 @@ class Bundle(Front):
     def arguments(self, request: Request) -> dict[str, Any]:
         """The request as the arguments of `Recommender.recommend`, a batch of one."""
         return {
-            "histories": Histories.of([request.history]),
+            "histories": histories_of([request]),
             "k": request.k,
             "exclude": Histories.of([request.exclude]),
             "allowed": self.allowed(request),
@@ -291,7 +301,7 @@ class Bundle(Front):
         item = self.items.id_of(row)
         if row >= self.known:  # nothing was learned of it yet
             return Why(item, 0.0, 0.0, False, [], self.generation)
-        history_1, barred = Histories.of([asked.history]), Histories.of([asked.exclude])
+        history_1, barred = histories_of([asked]), Histories.of([asked.exclude])
         made, among = self.recommender, None
         if made.ranker is not None and 0 < made.blend < 1:
             among = made.retrieve(history_1, made.depth(asked.k, asked.rules), barred, self.allowed(asked))

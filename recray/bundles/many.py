@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,12 @@ def answer_chunk(bundle: Bundle, request: Request, ids: Chunk) -> pa.Table:
     request: what is asked for each of them, without a history.
     """
     rows = bundle.users.rows_of(ids)
-    empty = np.empty(0, np.int32)
-    histories = Histories.of([bundle.histories[row] if row >= 0 else empty for row in rows.tolist()])
+    ends, weights = bundle.histories.offsets, bundle.histories.weights
+    some = [slice(*ends[row : row + 2]) if row >= 0 else slice(0, 0) for row in rows.tolist()]
+    histories = Histories.of([bundle.histories.items[at] for at in some])
     barred = histories
+    if weights is not None:
+        histories = replace(histories, weights=np.concatenate([weights[at] for at in some]))
     if len(request.exclude):
         barred = append(histories, Histories.of([request.exclude] * len(ids)))
     context = {name: np.full(len(ids), row, np.int32) for name, row in request.context.items()}

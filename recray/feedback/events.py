@@ -36,28 +36,26 @@ class Kept(NamedTuple):
     weight: float
 
 
-def joined(
+def order(
     rows: NDArray[np.int32],
     times: NDArray[np.int64] | None,
     newer: NDArray[np.int32],
     at: NDArray[np.float64],
-) -> NDArray[np.int32]:
-    """One history, int32[L], oldest first: what a bundle holds of a user, and their events.
+) -> NDArray[np.int64]:
+    """Where in rows, and newer behind them, the interactions of one history lie, oldest first, int64[L].
 
     rows int32[B], times int64[B] or None: the bundle's, oldest first; newer int32[E], at float64[E]: item
     rows and seconds of events, oldest first. An event that the bundle holds already, since it was trained
     on it, counts once: the same item in the same second. Where the bundle knows no times its items that
     were met again move to the end.
     """
-    if not len(newer):
-        return rows
+    behind = np.arange(len(rows), len(rows) + len(newer))
+    if not len(newer) or not len(rows):
+        return np.arange(len(rows) + len(newer))
     if times is None:
-        return np.concatenate([rows[~np.isin(rows, newer)], newer])
-    if not len(rows):
-        return newer
+        return np.concatenate([np.flatnonzero(~np.isin(rows, newer)), behind])
     seconds = np.floor(at).astype(np.int64)
     fresh = ~((newer[:, None] == rows) & (seconds[:, None] == times)).any(axis=1)
-    both = np.concatenate([rows, newer[fresh]])
+    both = np.concatenate([np.arange(len(rows)), behind[fresh]])
     # what came without a time stands behind what is older
-    order = np.argsort(np.concatenate([np.maximum.accumulate(times), at[fresh]]), kind="stable")
-    return both[order]
+    return both[np.argsort(np.concatenate([np.maximum.accumulate(times), at[fresh]]), kind="stable")]

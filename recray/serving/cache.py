@@ -54,6 +54,8 @@ class _Kept(NamedTuple):
 def spot(user: str | None, request: Request) -> Spot:
     """user: None where the history came with the request, which then is a part of the ask."""
     history, exclude = request.history.tobytes(), request.exclude.tobytes()
+    if request.weights is not None:
+        history += request.weights.tobytes()
     asked = (
         history if user is None else user,
         request.k,

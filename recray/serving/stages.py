@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from recray.bundles.answer import histories_of
 from recray.bundles.bundle import Bundle, Request
 from recray.bundles.filters import Filter
 from recray.data.sequences import Histories
@@ -117,7 +118,7 @@ def similar(bundle: Bundle, row: int, k: int) -> Found:
 def to_retrieve(requests: Sequence[Request], candidates: int) -> RetrieveBatch:
     """What to ask the retriever for `requests`; candidates: how many the ranker wants, 0 without one."""
     return RetrieveBatch(
-        Histories.of([request.history for request in requests]),
+        histories_of(requests),
         Histories.of([request.exclude for request in requests]),
         [request.filter for request in requests],
         [_want(request, candidates) for request in requests],

@@ -89,7 +89,7 @@ class ShardedTable(Table):
             if number is not None:
                 break
         else:
-            route, number = self.route([rows]), 0
+            route, number = self.route([rows], self.wire), 0  # the wire for ids may be another thread's now
             if torch.is_grad_enabled():
                 self._routes.append(route)
         if route.rows is None:
@@ -101,8 +101,8 @@ class ShardedTable(Table):
         """What the coming batch looks up was told already."""
         self._routes.append(route)
 
-    def route(self, asked: Sequence[Tensor]) -> Route:
-        """Deduplicate the rows over all of `asked` and tell their owners, by the wire for ids.
+    def route(self, asked: Sequence[Tensor], wire: Wire | None = None) -> Route:
+        """Deduplicate the rows over all of `asked` and tell their owners, by default by the wire for ids.
 
         Depends on no row's value, so another thread may do it while a batch before is computed.
         """
@@ -117,7 +117,7 @@ class ShardedTable(Table):
         found = distinct(positions)
         if padded:
             found.values.sub_(1)
-        return self._told(list(asked), found, padded, bad, self.ids_wire)
+        return self._told(list(asked), found, padded, bad, wire or self.ids_wire)
 
     def _told(self, asked: list[Tensor], found: Distinct, padded: bool, bad: int | None, wire: Wire) -> Route:
         """Send positions to their owners; a rank that cannot go on says so to all."""

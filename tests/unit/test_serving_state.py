@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from recray.bundles.bundle import Bundle
 from recray.errors import ConfigError
-from recray.feedback.events import Event, Kept, joined
+from recray.feedback.events import Event, Kept, order
 from recray.feedback.log import read
 from recray.feedback.store import SqliteStore, StoreError
 from recray.serving import state as states
@@ -274,6 +274,11 @@ def test_what_an_event_leaves_open_is_filled_in() -> None:
         Event("u", "b", 3.0, "@3.0 b"),
         Event("u", "c", NOW, "7", 2.0, "buy"),
     ]
+
+
+def joined(rows: Any, times: Any, newer: Any, at: Any) -> Any:
+    """The rows that `order` places."""
+    return np.concatenate([rows, newer])[order(rows, times, newer, at)]
 
 
 HISTORY = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 6)), max_size=8).map(
