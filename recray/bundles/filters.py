@@ -184,8 +184,10 @@ def _is_number(value: Any) -> bool:
 
 
 def _plain(column: pa.ChunkedArray) -> pa.Array:
-    """A column as one array, dictionary-encoded ones as their values."""
+    """A column as one array, dictionary-encoded ones as their values; Arrow compares no half floats."""
     data = column.combine_chunks()
+    if pa.types.is_float16(data.type):
+        return data.cast(pa.float32())
     if pa.types.is_dictionary(data.type):
         return data.dictionary_decode()
     if _is_list(data.type) and pa.types.is_dictionary(data.type.value_type):

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from recray.errors import ArtefactError
 from recray.storage import Place, place
 
-_FEW = 10_000  # below so many ids a Python dict answers quicker than hashing all known ids again
+_FEW = 10_000  # up to so many ids a Python dict answers quicker than hashing all known ids again
 
 
 def merge(words: Sequence[Any]) -> tuple[Any, list[NDArray[np.int32]]]:
@@ -67,7 +67,7 @@ class Ids:
 
     def ids_of(self, rows: Any) -> list[str]:
         """The ids of many rows, in order."""
-        if len(rows) >= _FEW:
+        if len(rows) > _FEW:
             return list(self.values.take(pa.array(np.asarray(rows, np.int64))).to_pylist())
         listed = rows if isinstance(rows, list) else np.asarray(rows, np.int64).tolist()
         if listed and min(listed) < 0:
@@ -79,7 +79,7 @@ class Ids:
         """int32[n]: the row of each id, -1 where it is unknown."""
         if not isinstance(ids, (pa.Array, pa.ChunkedArray)):
             ids = list(ids)
-            if len(ids) < _FEW:
+            if len(ids) <= _FEW:
                 row = self._row
                 return np.array([row.get(i, -1) for i in ids], np.int32)
             ids = pa.array(ids, pa.string())

@@ -7,6 +7,7 @@ loopback address may come in, with a body that says it is JSON: a page of anothe
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -122,8 +123,11 @@ def routes(
 
 
 async def _whole(work: Any) -> dict[str, Any]:
-    """A step runs to its end, also when whoever asked for it hangs up."""
-    made: dict[str, Any] = await asyncio.shield(asyncio.ensure_future(work))
+    """A step runs to its end, also when whoever asked for it hangs up.
+
+    In a context of its own: Serve cancels what was called in a request's.
+    """
+    made: dict[str, Any] = await asyncio.shield(contextvars.Context().run(asyncio.ensure_future, work))
     return made
 
 

@@ -207,5 +207,5 @@ def document(described: dict[str, Any]) -> None:
     told = described["components"]["schemas"]["RecommendResponse"]["properties"]["degraded"]
     told["description"] += (
         f" 'LEVEL: WHY' where time or a stage was missing. LEVEL is one of {levels}. WHY is one of {reasons}."
-        " Other words: 'unknown user', 'unknown history', 'pin left out', 'state unavailable'."
+        " Other words: 'unknown user', 'unknown history', 'pin left out', 'state unavailable', 'state late'."
     )

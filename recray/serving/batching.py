@@ -7,6 +7,7 @@ batch. So a lone client pays nothing, and the batch grows with the load. One eve
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import math
 from abc import ABC, abstractmethod
 from collections import deque
@@ -176,7 +177,8 @@ class Sender(_Gathered[Ask, Answer]):
         self._send = send
 
     def _work(self, loop: asyncio.AbstractEventLoop, asks: list[Ask]) -> asyncio.Future[Results[Answer]]:
-        return loop.create_task(self._sent(asks))
+        # in a context of its own: in that of one request Serve would cancel it with that request
+        return contextvars.Context().run(loop.create_task, self._sent(asks))
 
     async def _sent(self, asks: list[Ask]) -> Results[Answer]:
         try:

@@ -86,10 +86,11 @@ def build_asgi(
         if users is None:
             raise ApiError(404, "no_state", "this server keeps no events; start it with --state")
         request_id = request.scope["state"]["request_id"]
-        accepted, repeated = await users.keep(ask, request_id)
-        if steps is not None and not repeated:
-            steps.clicked(ask.user, [(one.request_id, one.event) for one in ask.events])
-        return _json({"request_id": request_id, "accepted": accepted, "repeated": repeated})
+        new = await users.keep(ask, request_id)
+        acted = [(one.request_id, one.event) for one, fresh in zip(ask.events, new) if fresh]
+        if steps is not None and acted:
+            steps.clicked(ask.user, acted)
+        return _json({"request_id": request_id, "accepted": len(new), "repeated": new.count(False)})
 
     async def healthz(request: Request) -> Response:
         return _json({"status": "ok"})
@@ -105,7 +106,7 @@ def build_asgi(
 
     router = Router(
         [
-            _similar(answerer, door),
+            _similar(answerer, door, seen),
             Route("/v1/events", events, methods=["POST"]),
             Route("/healthz", healthz),
             Route("/readyz", readyz),
@@ -119,7 +120,7 @@ def build_asgi(
     return Gate(router, _Recommend(answerer, users, seen, door), door, token_digest, admin_digest, seen)
 
 
-def _similar(answerer: Answerer, door: Door) -> Route:
+def _similar(answerer: Answerer, door: Door, seen: Seen | None) -> Route:
     """GET /v1/items/{id}/similar, where nothing stands in for an answer that is late."""
 
     async def similar(request: Request) -> Response:
@@ -129,6 +130,8 @@ def _similar(answerer: Answerer, door: Door) -> Route:
             reply = await door.in_time(visit, answerer.similar(request.path_params["id"], k))
         finally:
             door.leave()
+        if seen is not None:
+            seen.similar(reply)
         return Response(_told(request.scope["state"], reply), media_type="application/json")
 
     return Route("/v1/items/{id:path}/similar", similar, methods=["GET"])

@@ -72,6 +72,9 @@ def _check(bundle: Bundle, ask: Request, items: Sequence[Mapping[str, Any]], alo
     allowed = bundle.allowed(ask)
     left = np.ones(len(bundle.items), bool) if allowed is None else allowed.copy()
     left[ask.exclude] = False
+    if bundle.changes is not None:
+        gone = bundle.items.rows_of(bundle.changes.withdrawn)
+        left[gone[gone >= 0]] = False
     near = NEAR * max(1.0, *(abs(score) for score in alone), 1.0)
     wrong = ""
     if len(set(rows.tolist())) < len(rows):

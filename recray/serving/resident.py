@@ -43,7 +43,7 @@ class Resident(Generic[Held]):
         self._load, self._vary, self._replica = load, vary, replica
         self._lock = threading.Lock()  # one load at a time
         self._failed: dict[str, str] = {}
-        self._since = state.since
+        self._version = state.version
         self.state = state
         self.held: dict[str, Held] = {state.current.name: load(state.current, None)}
         self.follow(state)
@@ -61,8 +61,8 @@ class Resident(Generic[Held]):
             now = self.state
             names, before = {one.name for one in now.resident}, self.held
             self.held = {name: one for name, one in self.held.items() if name in names}
-            if now.since != self._since:  # another ship: what failed in the last one is tried again
-                self._failed, self._since = {}, now.since
+            if now.version != self._version:  # another step: what failed in the last one is tried again
+                self._failed, self._version = {}, now.version
             for one in now.resident:
                 if one.name in self.held or one.name in self._failed:
                     continue

@@ -51,17 +51,25 @@ class Seen:
             if trace is not None:
                 scope["state"]["noted"]["trace_id"] = trace  # for the access log
 
+    def similar(self, reply: Reply) -> None:
+        """Note one answer of similar items, whose events count as answers' do."""
+        self.meter.count("answers", reply.generation[: metrics.NAME])
+
     def refused(self, code: str) -> None:
         """Note a request that was answered with an error, by its code."""
         self.meter.count("refused", code)
 
-    def tidy(self) -> None:
-        """Delete what has been kept for too long, on a thread; for whoever comes by now and then."""
-        logs, now = [log for log in (self.kept, self.tracer) if log is not None], time.monotonic()
-        if logs and now >= self._tidied + TIDY_S:
-            self._tidied = now
-            for log in logs:
+    def tidy(self) -> bool:
+        """Delete what has been kept for too long, on a thread; for whoever comes by now and then. Whether it
+        was time to."""
+        now = time.monotonic()
+        if now < self._tidied + TIDY_S:
+            return False
+        self._tidied = now
+        for log in (self.kept, self.tracer):
+            if log is not None:
                 asyncio.get_running_loop().run_in_executor(None, log.tidy)
+        return True
 
     def route(self, told: Callable[[dict[str, Any]], Response]) -> Route:
         """Of what was answered, see `answers`."""

@@ -93,6 +93,32 @@ def read_file(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
 
     Raises ConfigError for a file that is no such config; keys of Ray Serve's own are checked later.
     """
+    app, where = _app_of(path)
+    args = app.get("args") or {}
+    check_keys(args, GraphArgs.__dataclass_fields__, f"{where}.args")
+    entries = app.get("deployments") or []
+    if not isinstance(entries, list):
+        raise ConfigError("deployments must be a list", where=where)
+    options: dict[str, dict[str, Any]] = {}
+    for entry in entries:
+        if not isinstance(entry, Mapping) or entry.get("name") not in DEPLOYMENTS:
+            raise ConfigError(
+                f"a deployment must be named one of {', '.join(DEPLOYMENTS)}", where=f"{where}.deployments"
+            )
+        options[entry["name"]] = {key: value for key, value in entry.items() if key != "name"}
+    return {key: value for key, value in args.items() if key != "bundle"}, options
+
+
+def policy_of(path: str) -> dict[str, Any]:
+    """The autoscaling policy of such a file, as it is written there; empty where it has none."""
+    app, where = _app_of(path)
+    policy = app.get("autoscaling_policy") or {}
+    check_keys(policy, ("policy_function", "policy_kwargs"), f"{where}.autoscaling_policy")
+    return dict(policy)
+
+
+def _app_of(path: str) -> tuple[dict[str, Any], str]:
+    """(the one application of a file, its place in words)."""
     import yaml
 
     try:
@@ -108,19 +134,7 @@ def read_file(path: str) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
         raise ConfigError("must have one application", where=path, fix="see deployments/serve/graph.yaml")
     where = f"{path}: applications[0]"
     check_keys(apps[0], (*APP_KEYS, "logging_config", "autoscaling_policy"), where)
-    args = apps[0].get("args") or {}
-    check_keys(args, GraphArgs.__dataclass_fields__, f"{where}.args")
-    entries = apps[0].get("deployments") or []
-    if not isinstance(entries, list):
-        raise ConfigError("deployments must be a list", where=where)
-    options: dict[str, dict[str, Any]] = {}
-    for entry in entries:
-        if not isinstance(entry, Mapping) or entry.get("name") not in DEPLOYMENTS:
-            raise ConfigError(
-                f"a deployment must be named one of {', '.join(DEPLOYMENTS)}", where=f"{where}.deployments"
-            )
-        options[entry["name"]] = {key: value for key, value in entry.items() if key != "name"}
-    return {key: value for key, value in args.items() if key != "bundle"}, options
+    return apps[0], where
 
 
 def check_keys(value: object, known: Iterable[str], where: str) -> None:

@@ -6,6 +6,7 @@ sends it again. What cannot be reached is left alone for a while: nobody waits f
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
 import os
@@ -30,6 +31,11 @@ from recray.serving.tracing import open_tracer
 log = logging.getLogger("recray.serving")
 
 UNAVAILABLE = "state unavailable"  # of an answer without the events that came after its bundle
+LATE = "state late"  # of one for which there was no time to wait for them
+SHARE, SPARED_S = (
+    4,
+    0.05,
+)  # of what is left until the deadline events may take 1 / SHARE; where models are spared
 FIRST_S, LONGEST_S = 0.5, 8.0  # how long a store that failed is left alone, and how long at most
 READS, WRITES = 64, 32  # asks that go to the store together
 
@@ -47,34 +53,43 @@ class UserState:
         if feedback is not None:
             impressions = SegmentLog(feedback, IMPRESSIONS, limits)
             self._impressions = Backlog(impressions, IMPRESSIONS, _impression)
-        self._patience = Patience()
+        self._reading, self._writing = Patience(), Patience()  # a store may do the one and not the other
         self._read: Batcher[str, list[Kept]] = Batcher(self._histories, max_size=READS)
-        self._write: Batcher[Sequence[Event], int] = Batcher(self._append, max_size=WRITES)
+        self._write: Batcher[Sequence[Event], list[bool]] = Batcher(self._append, max_size=WRITES)
 
     async def recall(self, ask: RecommendRequest) -> list[str]:
         """Put the events of its user into a request that asks for their history; says why not, if so."""
         if ask.user is None or ask.history is not None:
             return []
+        now = time.monotonic()
+        left = ask.due - now
         try:
-            ask.remember(await self._read(ask.user, ask.due))
-        except (StoreError, TooLate):
+            ask.remember(await self._read(ask.user, now + (left / SHARE if left > 0 else SPARED_S)))
+        except StoreError:
             return [UNAVAILABLE]
+        except TooLate:
+            return [UNAVAILABLE if left > 0 else LATE]
         return []
 
-    async def keep(self, ask: EventsRequest, request_id: str) -> tuple[int, int]:
-        """(events that are kept now, how many of them were known before). Raises ApiError."""
+    async def keep(self, ask: EventsRequest, request_id: str) -> list[bool]:
+        """Which of the events were not known before; all are kept now. Raises ApiError."""
         events = events_of(ask, request_id, time.time())
         try:
-            new = await self._write(events)
+            return await self._write(events)
         except StoreError:
             words = "events cannot be kept now; send them again"
             raise ApiError(503, "unavailable", words, "state") from None
-        return len(events), len(events) - new
 
     def shown(self, request_id: str, user: str | None, generation: str, items: Sequence[Any]) -> None:
         """Log what was answered, a little later."""
         if self._impressions is not None:
             self._impressions.add((request_id, user, time.time(), generation, items))
+
+    def tidy(self) -> None:
+        """Delete what has been logged for too long, on a thread."""
+        for log_ in (self._events, self._impressions):
+            if log_ is not None:
+                asyncio.get_running_loop().run_in_executor(None, log_.tidy)
 
     def close(self) -> None:
         """Write what waits, and let go of everything."""
@@ -85,21 +100,21 @@ class UserState:
                 part.close()
 
     def _histories(self, users: Sequence[str]) -> Sequence[list[Kept]]:
-        found: list[list[Kept]] = self._patience.ask(lambda: self._store.histories(users))
+        found: list[list[Kept]] = self._reading.ask(lambda: self._store.histories(users))
         return found
 
-    def _append(self, asks: Sequence[Sequence[Event]]) -> Sequence[int]:
+    def _append(self, asks: Sequence[Sequence[Event]]) -> Sequence[list[bool]]:
         """Into the store first: what is then lost with this process was never acknowledged, and the retry is
         logged. What is logged twice counts once by its id."""
         flat = [event for events in asks for event in events]
-        new = iter(self._patience.ask(lambda: self._store.append(flat)))
+        new = iter(self._writing.ask(lambda: self._store.append(flat)))
         if self._events is not None:
             try:
                 self._events.write([_line(event) for event in flat])
             except OSError as error:
                 log.warning("events cannot be logged: %s", error.strerror)
                 raise StoreError("the log of events cannot be written") from None
-        return [sum(next(new) for _ in events) for events in asks]
+        return [[bool(next(new)) for _ in events] for events in asks]
 
 
 class Patience:

@@ -6,6 +6,7 @@ import asyncio
 import math
 import threading
 from collections.abc import Sequence
+from contextvars import ContextVar
 
 import pytest
 
@@ -234,3 +235,17 @@ def test_a_batcher_says_how_long_the_next_waits() -> None:
         batcher.close()
 
     asyncio.run(scene())
+
+
+def test_what_is_sent_together_belongs_to_no_request() -> None:
+    asked: ContextVar[str] = ContextVar("asked", default="")
+
+    async def scene() -> list[str]:
+        async def send(asks: Sequence[int]) -> list[str]:
+            return [asked.get()] * len(asks)
+
+        sender = Sender(send, max_size=8, in_flight=1, wait_s=60)
+        asked.set("of one request")
+        return list(await asyncio.gather(sender(0), sender(1)))
+
+    assert asyncio.run(scene()) == ["", ""]

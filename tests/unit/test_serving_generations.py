@@ -196,3 +196,18 @@ async def _scene(steps: list[tuple[str, int]]) -> None:
         await asyncio.sleep(0)
     for reply in await asyncio.gather(*waiting):
         assert {item["item"] for item in reply.items} == {reply.generation}
+
+
+def test_what_could_not_be_read_once_is_read_when_it_is_to_answer() -> None:
+    fails = ["b"]
+
+    def load(one: Generation, now: str | None) -> str:
+        if one.name in fails:
+            raise ArtefactError("cannot be read now", where=one.uri)
+        return f"model {one.name}"
+
+    canary = State(current=A).load(B, 1.0).split(0.1)
+    held = Resident(load, canary, replica="born late")
+    assert held.follow(canary).holds == ("a",)
+    fails.clear()
+    assert held.follow(canary.flip()).holds == ("a", "b")

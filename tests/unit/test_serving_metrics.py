@@ -27,7 +27,19 @@ from recray.serving.schema import ApiError, RecommendRequest
 from recray.serving.seen import Seen
 
 FOLDER = Path(__file__).parents[2] / "deployments" / "observability"
-WORDS = {"sum", "max", "by", "on", "group_left", "rate", "histogram_quantile", "offset", "label_values"}
+WORDS = {
+    "sum",
+    "max",
+    "by",
+    "on",
+    "group_left",
+    "rate",
+    "histogram_quantile",
+    "offset",
+    "label_values",
+    "changes",
+}
+WORDS |= {"unless"}
 
 
 def told(meter: Meter) -> dict[tuple[str, ...], float]:

@@ -391,3 +391,37 @@ def test_the_document_says_what_may_come(bundle: Bundle) -> None:
         assert "deadline_ms" in document["components"]["schemas"]["RecommendRequest"]["properties"]
 
     scene(lambda: World(bundle), play)
+
+
+def test_where_models_are_spared_events_are_asked_for_all_the_same(bundle: Bundle, tmp_path: Path) -> None:
+    users = open_state(str(tmp_path / "state"))
+    assert users is not None
+
+    async def play(world: World) -> None:
+        bought = names(await world.ask(user="u1"))[0]
+        body = {"user": "u1", "events": [{"item": bought}]}
+        assert (await world.client.post("/v1/events", json=body)).status_code == 200
+        world.slow(retrieve=1e6)
+        answer = await world.ask(user="u1")
+        assert world.ran == {"retrieve": 1, "rank": 1}, "no model was asked"
+        assert "state unavailable" not in answer["degraded"]
+        assert bought not in names(answer)
+
+    scene(lambda: World(bundle, users=users), play)
+
+
+def test_a_store_that_hangs_leaves_time_for_the_models(bundle: Bundle, tmp_path: Path) -> None:
+    users, go = open_state(str(tmp_path / "state")), threading.Event()
+    assert users is not None
+    users._store.histories = lambda asked: go.wait(PATIENCE_S) and []  # type: ignore[assignment,method-assign]
+
+    async def play(world: World) -> None:
+        answer = await world.ask(user="u1", deadline_ms=6000)
+        assert answer["degraded"] == ["state unavailable"]
+        assert world.ran == {"retrieve": 1, "rank": 1}
+        go.set()
+
+    try:
+        scene(lambda: World(bundle, users=users), play)
+    finally:
+        go.set()

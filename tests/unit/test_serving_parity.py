@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from recray.bundles.bundle import Bundle
+from recray.bundles.changes import change
 from recray.data.ids import Ids
 from recray.errors import InputError
 from recray.recommender import Recommender
@@ -79,3 +80,11 @@ def test_what_would_turn_requests_down_is_refused(bundle: Bundle) -> None:
     with pytest.raises(InputError, match="knows 0% of the items"):
         parity.same_catalogue(other, bundle)
     parity.same_catalogue(bundle, fewer)
+
+
+def test_users_of_whom_all_is_withdrawn_are_no_fault(bundle: Bundle) -> None:
+    left = bundle.items.values.to_pylist()[-1]
+    none = change(bundle, withdraw=bundle.items.values.to_pylist())
+    assert parity.sound(none) > 0
+    one = change(bundle, withdraw=[item for item in bundle.items.values.to_pylist() if item != left])
+    assert parity.sound(one) > 0

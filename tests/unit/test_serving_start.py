@@ -84,3 +84,29 @@ def test_a_file_that_is_not_there(bundle: str, tmp_path: Path) -> None:
         (tmp_path / "odd.yaml").write_text(text)
         with pytest.raises(ConfigError):
             settings.read_file(str(tmp_path / "odd.yaml"))
+
+
+def test_the_policy_of_a_file_is_deployed_as_it_is_written(tmp_path: Path) -> None:
+    from recray.serving.on_ray.scaling import POLICY, declaration
+
+    scaled = GRAPH.with_name("scaled.yaml")
+    policy = settings.policy_of(str(scaled))
+    assert policy["policy_kwargs"] == {"calm_s": 60, "drain_s": 10}
+    made = declaration({"bundle": "b"}, {}, policy)
+    assert made["autoscaling_policy"] == {
+        "policy_function": POLICY,
+        "policy_kwargs": {"calm_s": 60, "drain_s": 10},
+    }
+    assert settings.policy_of(str(GRAPH)) == {}
+    (tmp_path / "odd.yaml").write_text(scaled.read_text().replace("policy_kwargs", "policy_args"))
+    with pytest.raises(ConfigError, match="policy_args"):
+        settings.policy_of(str(tmp_path / "odd.yaml"))
+
+
+def test_a_target_beside_a_fixed_ingress_is_refused(bundle: str, tmp_path: Path) -> None:
+    text = GRAPH.read_text().replace(
+        "      - name: Ingress\n", "      - name: Ingress\n        num_replicas: 2\n"
+    )
+    lines = [line for line in text.splitlines() if "autoscaling_config" not in line]
+    (tmp_path / "fixed.yaml").write_text("\n".join(lines))
+    refused(ConfigError, "nothing would be scaled", bundle, config=str(tmp_path / "fixed.yaml"), p99="50ms")

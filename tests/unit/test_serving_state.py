@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import numpy as np
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from recray.bundles.bundle import Bundle
 from recray.errors import ConfigError
 from recray.feedback.events import Event, Kept, order
-from recray.feedback.log import read
+from recray.feedback.log import Limits, read
 from recray.feedback.store import SqliteStore, StoreError
 from recray.serving import state as states
 from recray.serving.http import build_asgi
@@ -344,3 +344,60 @@ def test_a_redis_url_that_cannot_be_read_is_not_told(cut: str, around: str) -> N
     told = str(raised.value)
     assert told.startswith("redis: ")
     assert not any(part in told for part in ("S3", "CRET", "12", "user", "example", "6379"))
+
+
+def test_a_store_that_cannot_write_is_read_all_the_same(bundle: Bundle, tmp_path: Path) -> None:
+    store = SqliteStore(tmp_path / "state")
+    door = Door(bundle, UserState(store))
+    (before,) = door.ask(recommend("u1"))
+    item = items_of(before)[0]
+    (sent,) = door.ask(did("u1", item))
+    assert sent.status_code == 200
+
+    def full(events: Any) -> Any:
+        raise StoreError("database or disk is full")
+
+    store.append = full  # type: ignore[method-assign]
+    refused, after = door.ask(did("u1", items_of(before)[1]), recommend("u1"))
+    assert refused.status_code == 503
+    assert after.json()["degraded"] == []
+    assert item not in items_of(after)
+
+
+def test_new_events_count_beside_repeated_ones(bundle: Bundle, tmp_path: Path) -> None:
+    class Steps:
+        acted: ClassVar[list[Any]] = []
+
+        def clicked(self, user: str, events: Any) -> None:
+            self.acted.extend(events)
+
+    async def scene() -> list[dict[str, Any]]:
+        fused = Ingress(bundle, Fused(bundle, Batch()))
+        app = build_asgi(fused, users=UserState(SqliteStore(tmp_path)), steps=Steps())  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            told = []
+            for count in (1, 3):
+                events = [{"item": "i1", "event_id": str(n), "event": f"e{n}"} for n in range(count)]
+                answer = await client.post("/v1/events", json={"user": "u1", "events": events})
+                told.append(answer.json())
+            return told
+
+    first, second = asyncio.run(scene())
+    assert (first["accepted"], first["repeated"]) == (1, 0)
+    assert (second["accepted"], second["repeated"]) == (3, 1)
+    assert [event for _, event in Steps.acted] == ["e0", "e1", "e2"]
+
+
+def test_logs_grow_old_without_events(bundle: Bundle, tmp_path: Path) -> None:
+    users = UserState(SqliteStore(tmp_path / "state"), tmp_path / "log", Limits(total_s=0.05, segment_s=0.01))
+    door = Door(bundle, users)
+    door.ask(recommend("u1"), did("u1", "i1"), ("wait", 0.2))
+
+    async def later() -> None:
+        users.tidy()
+        await asyncio.sleep(0.3)
+        users.tidy()
+        await asyncio.sleep(0.2)
+
+    asyncio.run(later())
+    assert not [*read(tmp_path / "log", "events"), *read(tmp_path / "log", "impressions")]

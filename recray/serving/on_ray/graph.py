@@ -195,7 +195,8 @@ class IngressReplica(Counted):
         """Asked by Serve every few seconds: the time to look at the pointer and at the canary."""
         self.follower.nudge()
         self.teller.tell(self.router)
-        self.seen.tidy()
+        if self.seen.tidy() and self.users is not None:
+            self.users.tidy()
         if self.watching is None or self.watching.done():
             self.watching = asyncio.get_running_loop().create_task(self.shipper.watch())
 
@@ -223,11 +224,14 @@ Ranker = serve.deployment(name="Ranker")(RankerReplica)
 
 def build_app(args: dict[str, Any]) -> Any:
     """The application that a Serve config imports; `args` are `GraphArgs`. Raises InputError."""
-    return graph(args, {}, running_profile())
+    return graph(args, {}, running_profile())[0]
 
 
-def graph(args: Mapping[str, Any], deployments: Mapping[str, Mapping[str, Any]], profile: Profile) -> Any:
-    """Ingress alone, Ingress -> Retriever -> Ranker, or without a ranker where the bundle has none.
+def graph(
+    args: Mapping[str, Any], deployments: Mapping[str, Mapping[str, Any]], profile: Profile
+) -> tuple[Any, set[str]]:
+    """(Ingress alone, Ingress -> Retriever -> Ranker, or without a ranker where the bundle has none; the
+    names of its deployments).
 
     `deployments` maps a deployment's name to options of Ray Serve.
     """
@@ -259,10 +263,12 @@ def graph(args: Mapping[str, Any], deployments: Mapping[str, Mapping[str, Any]],
     }
     ingress = IngressDeployment.options(**options["Ingress"])
     if plan.layout == "fused":
-        return ingress.bind(plain, origin, None, None)
+        return ingress.bind(plain, origin, None, None), {"Ingress"}
     retriever = Retriever.options(**options["Retriever"]).bind(plain, origin)
-    ranker = Ranker.options(**options["Ranker"]).bind(plain, origin) if artefact.holds("ranker") else None
-    return ingress.bind(plain, origin, retriever, ranker)
+    if not artefact.holds("ranker"):
+        return ingress.bind(plain, origin, retriever, None), {"Ingress", "Retriever"}
+    ranker = Ranker.options(**options["Ranker"]).bind(plain, origin)
+    return ingress.bind(plain, origin, retriever, ranker), {*settings.DEPLOYMENTS}
 
 
 def _following(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from recray.serving import scaling
@@ -87,16 +88,21 @@ def paced(given: Mapping[str, Any], replicas: int, target_ms: float | None) -> d
     return {**given, "autoscaling_config": {**LEAST, "max_replicas": replicas, **CADENCE, **own}}
 
 
-def declaration(args: Mapping[str, Any], deployments: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The application of a Serve config that has the policy, without its name and prefix."""
+def declaration(
+    args: Mapping[str, Any],
+    deployments: Mapping[str, Mapping[str, Any]],
+    policy: Mapping[str, Any] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """The application of a Serve config that has our policy, with what `policy` says of it; without its
+    name and prefix."""
     own = []
     for name, given in deployments.items():
         options = dict(given)
         if options.get("autoscaling_config") is not None:
             options["autoscaling_config"] = {**LEAST, **CADENCE, **options["autoscaling_config"]}
         own.append({"name": name, **options})
-    policy = {"policy_function": POLICY}
-    return {"import_path": BUILD, "args": dict(args), "deployments": own, "autoscaling_policy": policy}
+    made = {"import_path": BUILD, "args": dict(args), "deployments": own}
+    return {**made, "autoscaling_policy": {"policy_function": POLICY, **policy}}
 
 
 def _by_replica(metrics: Mapping[str, Mapping[Any, Any]]) -> dict[str, dict[str, list[tuple[float, float]]]]:

@@ -65,6 +65,7 @@ def serving(
     """
     profiles.check(profile)
     args, deployments = settings.read_file(config) if config is not None else ({}, {})
+    policy = settings.policy_of(config) if config is not None else {}
     args["bundle"] = open_artefact(place(bundle), "bundle").place.uri
     args = auth.with_digests(args, token)
     auth.check_exposure(host, args.get("token_digest"))
@@ -76,6 +77,9 @@ def serving(
     build(GraphArgs, args)
     for deployment, given in deployments.items():
         options_of(deployment, given)
+    if args.get("p99_ms") is not None and isinstance(deployments.get("Ingress", {}).get("num_replicas"), int):
+        words = "Ingress has a fixed num_replicas beside a target of p99: nothing would be scaled"
+        raise ConfigError(words, where=str(config), fix="give it an autoscaling_config, or leave p99_ms out")
     if not (address or os.environ.get("RAY_ADDRESS") or ray.is_initialized()):
         process.check_free(host, port)
     with contextlib.ExitStack() as stack:
@@ -85,8 +89,9 @@ def serving(
         stack.enter_context(_quiet())
         root = stack.enter_context(_serve_on(host, port, args.get("token_digest"), profile))
         args = stack.enter_context(_with_state(args))
-        app = graph(args, deployments, running_profile())
-        declared = declaration(args, deployments) if args.get("p99_ms") is not None else None
+        app, names = graph(args, deployments, running_profile())
+        there = {name: given for name, given in deployments.items() if name in names}
+        declared = declaration(args, there, policy) if args.get("p99_ms") is not None else None
         yield stack.enter_context(_application(app, name, root, declared))
 
 
