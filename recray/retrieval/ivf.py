@@ -1,10 +1,9 @@
 """Lists of near rows in a few bits, by faiss: the nearest lists are read, and the best of them scored again.
 
 The lists' centres are found by k-means; a query reads the `probes` lists whose centres score best. In them
-rows are coded as their difference from the centre: `pq4` in four bits for two floats and `sq4` in four for
-each, compared many at a time in the processor's registers (fast scan; Andre, Kermarrec & Le Scouarnec 2015),
-`sq8` in eight bits a float. The best `refine` times k by code are scored exactly from the table. With
-`lists=1` and `sq4` all rows are read, some three times as quickly as their floats.
+rows are coded as their difference from the centre: `pq4` in four bits for two floats, compared many at a
+time in the processor's registers (fast scan; Andre, Kermarrec & Le Scouarnec 2015), `sq8` in eight bits a
+float. The best `refine` times k by code are scored exactly from the table.
 
 Only the centres and codebooks are saved. Rows are coded anew when the index is opened, since the table has
 them: seconds for a million. Made for catalogues where a scan of all is too slow; small ones are scanned.
@@ -43,7 +42,7 @@ class IvfParams(IndexParams):
 
     lists: int = 0
     probes: int = 32
-    codes: Literal["pq4", "sq4", "sq8"] = "pq4"
+    codes: Literal["pq4", "sq8"] = "pq4"
     refine: int = 4
     threads: int = 1  # of one search; building uses one, so that equal tables give equal lists
 
@@ -137,9 +136,8 @@ def _empty(centres_LD: NDArray[np.float32], params: IvfParams) -> Any:
     """Lists without rows around these centres."""
     count, dim = centres_LD.shape
     quantizer = _centres(centres_LD, faiss.METRIC_INNER_PRODUCT)
-    if params.codes in ("pq4", "sq4"):
-        parts = dim // 2 if params.codes == "pq4" else dim
-        made = faiss.IndexIVFPQFastScan(quantizer, dim, count, parts, 4, faiss.METRIC_INNER_PRODUCT)
+    if params.codes == "pq4":
+        made = faiss.IndexIVFPQFastScan(quantizer, dim, count, dim // 2, 4, faiss.METRIC_INNER_PRODUCT)
     else:
         kind = faiss.ScalarQuantizer.QT_8bit
         made = faiss.IndexIVFScalarQuantizer(quantizer, dim, count, kind, faiss.METRIC_INNER_PRODUCT)
