@@ -11,6 +11,8 @@ Chosen on the validation split; NDCG@10 clean and what is lost with epsilon .3 a
           adversarial .25        .0809   10 %   25 %
           adversarial .3         .0754    5 %   13 %
           with reg .03           .0770    8 %   25 %      the best of reg .01 (the recipe's) to .05
+          and adversarial .1     .0775    5 %   12 %      .15: .0771, 4 %, 13 %; .2: .0757, 5 %, 6 %
+          reg .02, adv. .2       .0803    6 %   12 %
     1M    plain                  .0429   31 %   63 %
           adversarial .1         .0426   16 %   38 %
           adversarial .3         .0382    6 %   11 %
@@ -61,6 +63,7 @@ WORKS: dict[str, tuple[Callable[[Path], Dataset], int, tuple[Side, ...]]] = {  #
             Side("bpr with reg .03", ("options.reg=0.03",)),
             Side("bpr adversarial .25", ("options.adversarial=0.25",)),
             Side("bpr adversarial .3", ("options.adversarial=0.3",)),
+            Side("bpr adversarial .2, reg .02", ("options.adversarial=0.2", "options.reg=0.02")),
         ),
     ),
     "ml1m": (

@@ -275,12 +275,10 @@ def recommend(
     """The k best items for one user or history, or an artefact with those of many users.
 
     Args:
-        user: an id of the dataset; one nobody knows gets what is popular.
-        history: item ids, oldest first, in place of a user's own.
+        user: an id; one nobody knows gets what is popular. history: item ids in its place, oldest first.
         users: ids, or a file with one a line (or a Parquet column `user`); the answers go to `out`.
         why: not of `users`: also say what speaks for each item.
-        workers: of `users` only: 0 answers in this process, more in as many Ray tasks.
-        out: of `users` only: default `runs/recommendations-<bundle>`.
+        workers: of `users`: Ray tasks, 0 answers here. out: default `runs/recommendations-<bundle>`.
         asked: exclude, filter, context, pin, caps and diversity, see `Bundle.recommend`.
 
     Raises:
@@ -290,6 +288,8 @@ def recommend(
     """
     if sum(given is not None for given in (user, history, users)) != 1:
         raise InputError("nobody to answer", fix="give one of user, history and users")
+    if why and users is not None:
+        raise InputError("why is said of one user or history", fix="ask for users without it")
     opened = composing.open_bundle(bundle)
     from recray.bundles.rules import check_fields
 

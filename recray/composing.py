@@ -280,11 +280,9 @@ def shown_trial(found: Artefact, trial: str) -> dict[str, Any]:
 
 def check_search(fit: Fit, space: Space) -> None:
     """Refuse, before any trial, a setting, a metric or a dataset that no trial could use."""
-    from recray.metrics import ranking
     from recray.training.run import resolve
 
-    labelled = fit.recipe.options.get("loss") == "labels"
-    known = ("auc",) if labelled else tuple(f"{name}@{k}" for name in ranking.NAMES for k in (10, 20))
+    known = _metrics(fit.recipe)
     if fit.metric not in known:
         raise config.unknown_name("metric", fit.metric, known)
     for name, dimension in space.dimensions.items():
@@ -292,6 +290,21 @@ def check_search(fit: Fit, space: Space) -> None:
         for value in dimension.choices or ends:
             resolve(config.override(fit.recipe, [f"{name}={value}"]))
     _check_split(open_data(fit.dataset), "valid")
+
+
+def _metrics(recipe: recipes.Recipe) -> tuple[str, ...]:
+    """What `measure` finds of the recipe's model, on a dataset that has what it takes."""
+    from recray.metrics import ranking
+    from recray.models import build_model, model_class
+    from recray.models.base import Catalogue
+
+    if recipe.options.get("loss") == "labels":
+        return ("auc", "logloss")
+    known = tuple(f"{name}@{k}" for name in ranking.NAMES for k in (10, 20))
+    if not hasattr(model_class(recipe.model), "predicts"):
+        return known
+    model: Any = build_model(recipe.model, Catalogue(1, {}), recipe.options, allocate=False)
+    return (*known, "rmse", "mae") if model.predicts else known
 
 
 def packed(

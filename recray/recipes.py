@@ -39,7 +39,7 @@ class Train:
     table_dtype: Literal["f32", "bf16"] = "f32"  # bf16 rounds stochastically
     wire: Literal["f32", "bf16"] = "f32"  # what rows and their gradients travel in between workers
     candidates: int = 100  # of a retriever, that a ranker is trained on and later asked about
-    save_steps: int = 0  # a state every so many batches, too; 0 = after epochs only
+    save_steps: int = 0  # a state every so many updates, too; 0 = after epochs only
     adversarial: float = 0.0  # length of a perturbation of embeddings, as a share of a row's; 0 = none
     start: str = ""  # a checkpoint to go on from; of a larger model of the same kind what matters most of it
     teacher: str = ""  # a checkpoint whose answers are learned, too: see compression/distil.py

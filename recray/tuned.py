@@ -9,8 +9,6 @@ from __future__ import annotations
 _LABELS = (
     "options.loss=labels",
     "options.history=off",
-    "options.max_len=1",  # neither of these two is used: they keep the reckoned memory true
-    "options.negatives=1",
     "options.dim=16",
     "options.hidden=400,400,400",
     "options.norm=pair",
@@ -36,7 +34,7 @@ TUNED: dict[str, tuple[str, tuple[str, ...]]] = {  # name -> (recipe, changes)
             "options.history=half",
             "options.max_len=3000",
             "options.negatives=4000",  # all items
-            "options.pretrain=36",
+            "options.pretrain=35",
             "train.batch_size=64",
             "train.lr=0.003",
             "train.schedule=cosine",

@@ -62,9 +62,15 @@ def learn_masked(model: Any, masks: Masks) -> None:
     """
     zero(masks)
     plain: Callable[..., Tensor] = model.loss
+    there = dict(masks)
+
+    def masked(layer: nn.Linear) -> Tensor:
+        if there[layer].device != layer.weight.device:  # the model has moved since
+            there[layer] = there[layer].to(layer.weight.device)
+        return layer.weight * there[layer]
 
     def loss(batch: Any) -> Tensor:
-        with standing_in(model.network, lambda layer: layer.weight * masks[layer]):
+        with standing_in(model.network, masked):
             return plain(batch)
 
     model.loss = loss

@@ -1,8 +1,8 @@
 """GRU4Rec: a recurrent network over the history (Hidasi et al. 2016, arXiv 1511.06939).
 
-    z_t = sigmoid(W_z x_t + U_z h_{t-1})      r_t = sigmoid(W_r x_t + U_r h_{t-1})
-    h_t = z_t * h_{t-1} + (1 - z_t) * tanh(W x_t + U (r_t * h_{t-1}))
-    score(i) = <W_o h_t + b_o, E[i]>,         x_t = sqrt(D) E[item_t]
+    z_t = sigmoid(W_z x_t + U_z h_{t-1} + b_z)      r_t = sigmoid(W_r x_t + U_r h_{t-1} + b_r)
+    h_t = z_t * h_{t-1} + (1 - z_t) * tanh(W x_t + b + r_t * (U h_{t-1} + b'))
+    score(i) = <W_o h_t + b_o, E[i]>,               x_t = sqrt(D) E[item_t]
 
 One table for input and output ("constrained embedding"), and instead of the paper's session-parallel
 batches and pairwise losses whole sequences and a softmax, as Hidasi & Karatzoglou 2018 (arXiv

@@ -69,6 +69,8 @@ class IALS(Retriever):
             raise ConfigError("dim, sweeps and steps must be at least 1", where="options")
         if min(config.reg, config.unobserved, config.std) < 0:
             raise ConfigError("reg, unobserved and std must be at least 0", where="options")
+        if not 0 <= config.nu <= 10:  # it is an exponent of counts: far out it overflows
+            raise ConfigError(f"options.nu is {config.nu}", fix="it must be within 0 and 10")
         self.tables["item"] = DenseTable(catalogue.n_items, config.dim, std=config.std * config.dim**-0.5)
         self.gram: Tensor  # a H^T H of the trained items, float32[D, D]
         self.register_buffer("gram", torch.zeros(config.dim, config.dim))

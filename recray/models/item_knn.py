@@ -43,7 +43,7 @@ from recray.models.neighbours import (
     with_values,
 )
 from recray.models.ranks import Alone, Ranks
-from recray.models.ratings import deviations, item_biases, ratings_of
+from recray.models.ratings import check_differ, deviations, item_biases, ratings_of
 
 if TYPE_CHECKING:
     from recray.data.dataset import Dataset
@@ -78,11 +78,15 @@ class ItemKNN(ItemWeights):
         self.register_buffer("biases", torch.zeros(catalogue.n_items))
 
     def fit(self, data: Dataset, *, seed: int = 0, ranks: Ranks | None = None) -> Mapping[str, float]:
-        """Find each item's neighbours. Of several `ranks` each makes a range of items, all get the same."""
+        """Find each item's neighbours. Of several `ranks` each makes a range of items, all get the same.
+
+        Raises InputError where it is to learn from ratings, and all are equal.
+        """
         c, k = self.config, self.kept
         histories = data.histories("train")
         if self.predicts:
             ratings = ratings_of(histories, self.n_items)
+            check_differ(ratings)
             scale, biases = item_biases(ratings)
             self.scale.copy_(torch.from_numpy(scale))
             self.biases.copy_(torch.from_numpy(biases))

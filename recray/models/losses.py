@@ -38,18 +38,20 @@ def softmax_slopes(
     losses = states_PD.new_empty(len(states_PD))
     chunk = max(1, _LOGITS // max(1, width or len(items_ND)))
     items = items_ND.to(dtype)
+    some, zero = len(items_ND) > 0, torch.zeros_like(losses)  # of a small table a rank may hold nothing
     for start in range(0, len(states_PD), chunk):
         part = slice(start, start + chunk)
         states, targets = states_PD[part].to(dtype), targets_P[part].unsqueeze(1)
         here = targets >= 0
         logits = (states @ items.T).float()
         log_z = logits.logsumexp(1)
-        target = (logits.gather(1, targets.clamp(min=0)) * here).squeeze(1)
+        target = (logits.gather(1, targets.clamp(min=0)) * here).squeeze(1) if some else zero[part]
         if combine is not None:
             log_z, target = combine(log_z, target)
         losses[part] = log_z - target
         slope = logits.sub_(log_z.unsqueeze(1)).exp_()  # d loss / d logits = softmax - one hot
-        slope.scatter_add_(1, targets.clamp(min=0), -here.to(slope.dtype))
+        if some:
+            slope.scatter_add_(1, targets.clamp(min=0), -here.to(slope.dtype))
         slope = slope.to(dtype)
         grad_states[part] = (slope @ items).to(grad_states.dtype)
         grad_items += (slope.T @ states).to(grad_items.dtype)

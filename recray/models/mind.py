@@ -169,7 +169,9 @@ class MIND(Sequential):
     def _of_targets(self, states: Tensor, targets_P: Tensor) -> Tensor:
         """Label-aware attention: the score of each target by mostly its own interest, [P]."""
         scores_PK = (states @ self.vectors(targets_P).unsqueeze(2)).squeeze(2)
-        return ((scores_PK * self.config.sharpness).softmax(dim=1) * scores_PK).sum(dim=1)
+        absent_PK = states[..., -1] < _ABSENT / 2  # however blunt the attention, they take no part
+        logits_PK = (scores_PK * self.config.sharpness).masked_fill(absent_PK, -torch.inf)
+        return (logits_PK.softmax(dim=1) * scores_PK).sum(dim=1)
 
     def vectors(self, rows: Tensor) -> Tensor:
         return nn.functional.pad(super().vectors(rows), (0, 1), value=1.0)

@@ -159,7 +159,7 @@ class NeuMF(TrainedRanker):
             added_PX = self._context(torch.from_numpy(context).to(device)[real])
             p_gmf, p_mlp, told_P = p_gmf[told_P], torch.cat([p_mlp[told_P], added_PX], -1), slice(None)
         gmf, mlp = self.tables["item_gmf"], self.tables["item_mlp"]
-        deep = not self.training or sequence.epoch >= self.config.pretrain
+        deep = not self.training or sequence.epoch > self.config.pretrain  # the first is 1
         own = net.pairs(p_gmf[told_P], p_mlp[told_P], gmf(own_PC), mlp(own_PC), deep=deep)
         shared = net.pairs(p_gmf, p_mlp, gmf(shared_S), mlp(shared_S), deep=deep)
         if self.by_window:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from recray.data.sequences import Histories
+from recray.errors import InputError
 
 REG_USER, REG_ITEM, SWEEPS = 15.0, 10.0, 10
 
@@ -44,6 +45,16 @@ def ratings_of(histories: Histories, n_items: int) -> Any:
     made, counts = known.to_csr(n_items, weighted=True), known.to_csr(n_items)
     made.data /= counts.data  # the same pattern: both sum what is repeated
     return made
+
+
+def check_differ(ratings: Any) -> None:
+    """Raise InputError where a csr of ratings says nothing: there is none, or all are equal."""
+    if not len(ratings.data) or (ratings.data == ratings.data[0]).all():
+        raise InputError(
+            "all ratings are equal, or there are none: nothing tells what is liked",
+            where="the train split",
+            fix="prepare the log with --columns weight=NAME, or train item-knn or user-knn",
+        )
 
 
 def item_biases(ratings: Any) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

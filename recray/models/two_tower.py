@@ -2,8 +2,11 @@
 
     x_i = E[i] + sum_f C_f[category_f(i)] + W numbers_i                 an item's id and its features
     q_i = norm(x_i + MLP(x_i))                                         the item tower
-    p_u = sum_k a_k x_k,  a = softmax_k(<w, tanh(A x_k)> + g[age_k])   attention over the history, or a mean
+    p_u = sum_k a_k x_k,  a = softmax_k(<w, tanh(A x_k)> + g[age_k])   attention over the history
     score(i) = <norm(p_u + MLP([p_u; log(1 + n_u)])), q_i> / temperature
+
+With `pooling=mean` the first term is left out, so that only the learned g of an item's age weighs it; with
+`history=half`, where ages mean nothing, g is left out, and without both p_u is the plain mean.
 
 Covington et al. 2016 (YouTube) for the user as her pooled history, Yi et al. 2019 ("Sampling-bias-
 corrected neural modeling for large corpus item recommendations") for the item tower, for negatives
@@ -114,7 +117,7 @@ class TwoTower(Sequential):
         negatives: int = 1024
         uniform_share: float = 0.2
         history: Literal["before", "half"] = "before"  # what a target is told from in training
-        pooling: Literal["mean", "attention"] = "attention"
+        pooling: Literal["mean", "attention"] = "attention"  # mean: weighed by age alone, see above
         units: int = 128  # of both MLPs
         temperature: float = 0.1
 

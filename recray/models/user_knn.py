@@ -30,8 +30,8 @@ from torch import Tensor
 from recray.data.sequences import Histories
 from recray.errors import ConfigError
 from recray.models.base import Catalogue, ModelConfig, Retriever
-from recray.models.neighbours import pairs_of, with_values
-from recray.models.ratings import deviations, item_biases, ratings_of
+from recray.models.neighbours import CELLS, pairs_of, with_values
+from recray.models.ratings import check_differ, deviations, item_biases, ratings_of
 from recray.models.why import Reasons
 
 if TYPE_CHECKING:
@@ -89,7 +89,11 @@ class UserKNN(Retriever):
         return False
 
     def fit(self, data: Dataset, *, seed: int = 0) -> Mapping[str, float]:
-        matrix, rated = self._matrix(data.histories("train"))
+        """Keep the users. Raises InputError where weights are ratings, and all are equal."""
+        histories = data.histories("train")
+        if self.predicts:
+            check_differ(ratings_of(histories, self.n_items))
+        matrix, rated = self._matrix(histories)
         if rated:
             scale, biases = item_biases(matrix)
             self.scale.copy_(torch.from_numpy(scale))
@@ -115,7 +119,7 @@ class UserKNN(Retriever):
     def score(self, histories: Histories) -> Tensor:
         kept, (asked, rated) = self._known(), self._matrix(histories)
         found = np.zeros((len(histories), self.n_items), np.float32)
-        step = max(1, (1 << 24) // max(self.n_items, kept.n_users, 1))
+        step = max(1, CELLS // max(self.n_items, kept.n_users, 1))
         for start in range(0, len(histories), step):
             part = slice(start, start + step)
             found[part] = (self._near(asked[part], kept, rated) @ kept.took).toarray()
@@ -151,19 +155,29 @@ class UserKNN(Retriever):
         else:
             centre_n = base_n
         made = base_n.copy()
-        similar_BV = self._similar(asked, kept, rated=True)
-        for item in np.unique(items.items[items.items >= 0]):
-            at = np.flatnonzero(items.items == item)
-            part = slice(*kept.away_by_item.indptr[item : item + 2])
-            raters, away = kept.away_by_item.indices[part], kept.away_by_item.data[part]
-            if not len(raters):
-                continue
-            k = min(self.config.neighbours, len(raters))
-            best, order = torch.from_numpy(similar_BV[owner[at]][:, raters]).double().topk(k, dim=1)
-            total = best.sum(1).numpy()
-            moved = (best.numpy() * away[order.numpy()]).sum(1) / np.where(total > 0, total, 1)
-            made[at] = np.where(total > 0, centre_n[at] + moved, base_n[at])
+        step = max(1, CELLS // max(self.n_items, kept.n_users, 1))
+        for start in range(0, len(items), step):
+            similar_BV = self._similar(asked[start : start + step], kept, rated=True)
+            first, last = items.offsets[[start, min(start + step, len(items))]]
+            here = items.items[first:last]
+            for item in np.unique(here[here >= 0]):
+                at = first + np.flatnonzero(here == item)
+                moved_n, total_n = self._moved(similar_BV[owner[at] - start], kept, item)
+                made[at] = np.where(total_n > 0, centre_n[at] + moved_n, base_n[at])
         return np.asarray(made.clip(low, high))
+
+    def _moved(
+        self, similar_BV: NDArray[np.float32], kept: _Kept, item: int
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(how far the nearest who rated an item move it from the centre, how near they are), float64[B]."""
+        part = slice(*kept.away_by_item.indptr[item : item + 2])
+        raters, away = kept.away_by_item.indices[part], kept.away_by_item.data[part]
+        if not len(raters):
+            return np.zeros(len(similar_BV)), np.zeros(len(similar_BV))
+        k = min(self.config.neighbours, len(raters))
+        best, order = torch.from_numpy(similar_BV[:, raters]).double().topk(k, dim=1)
+        total = best.sum(1).numpy()
+        return (best.numpy() * away[order.numpy()]).sum(1) / np.where(total > 0, total, 1), total
 
     def _matrix(self, histories: Histories) -> tuple[Any, bool]:
         """(csr float32[B, N], whether it holds ratings): a history that comes without any is a set."""

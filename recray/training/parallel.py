@@ -53,19 +53,23 @@ class Ranks:
     def average(self, parameters: list[nn.Parameter], loss: Tensor, batches: int) -> Tensor:
         """Replace each gradient by its mean over the ranks and `batches`; gives the loss's mean.
 
+        What no rank has a gradient of stays without: an optimizer leaves it alone, and does not count a step.
         One message for all of them: latency, not bandwidth, is what they cost.
         """
         if self.size == 1 and batches == 1:
             return loss
+        there = loss.new_tensor([p.grad is not None for p in parameters])
         gradients = [_gradient(p) for p in parameters]
-        flat = torch.cat([loss.reshape(1), *(g.reshape(-1) for g in gradients)])
+        flat = torch.cat([loss.reshape(1), there, *(g.reshape(-1) for g in gradients)])
         if self.size > 1:
             dist.all_reduce(flat)
         flat /= self.size * batches
-        start = 1
-        for gradient in gradients:
+        start = 1 + len(parameters)
+        for parameter, gradient, ranks in zip(parameters, gradients, flat[1:start].tolist()):
             gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
             start += gradient.numel()
+            if not ranks:
+                parameter.grad = None
         return flat[0]
 
 

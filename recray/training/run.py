@@ -25,7 +25,7 @@ from torch import Tensor
 
 import recray
 from recray import config, progress
-from recray.errors import ConfigError, InputError
+from recray.errors import ConfigError, InputError, RecrayError
 from recray.manifest import Artefact, digest, write_artefact
 from recray.models import build_model, model_class
 from recray.models.base import Catalogue, Model, Ranker, Retriever
@@ -83,7 +83,7 @@ def train(
     check_workers(workers)
     started = time.perf_counter()
     kind, catalogue = model_class(recipe.model), Catalogue.of(dataset)
-    first = None if retriever is None else first_stage(retriever, dataset, kind, alone=not workers)
+    first = None if retriever is None else first_stage(retriever, dataset, recipe, alone=not workers)
     parents = behind(recipe, dataset) | ({} if retriever is None else {"retriever": retriever})
     if not kind.gradient and not (workers and kind.shares_fit):
         model, measured = _fit_here(dataset, recipe, catalogue, told=bool(workers))
@@ -119,8 +119,7 @@ def train(
         seconds = time.perf_counter() - started
         report = _report(position)
         if seconds > _WORTH_S:
-            ranks = workers if isinstance(workers, int) else workers[0]
-            report["plan"] = set_beside(recipe, dataset, position, ranks=max(1, ranks))
+            report["plan"] = _beside(recipe, dataset, position, workers)
         progress.say(f"trained {recipe.name} in {seconds:.1f} s{_kept(position)}")
         if first is not None:
             best, report["two_stages"] = _together(best, run.folder, dataset, recipe, first)
@@ -131,8 +130,13 @@ def train(
 
 def resolve(recipe: Recipe, *, gpu: bool = False) -> Recipe:
     """The recipe with all of its model's options written out. Raises ConfigError where one is bad."""
-    options = config.build(model_class(recipe.model).Config, recipe.options, where="options")
+    kind = model_class(recipe.model)
+    options = config.build(kind.Config, recipe.options, where="options")
     check(recipe.train)
+    if gpu and not kind.gradient:
+        raise ConfigError(
+            f"{recipe.model} is fitted without a GPU, and one is asked for", fix="train it without --gpu"
+        )
     settings = dataclasses.replace(recipe.train, device="cuda") if gpu else recipe.train
     if getattr(options, "loss", "") == "labels":  # lists of what was taken say nothing of labels
         settings = dataclasses.replace(settings, valid_users=0)
@@ -244,6 +248,18 @@ def _kept(position: Position) -> str:
         return ""
     best = position.history[position.best_epoch - 1]
     return f": kept epoch {best.epoch} of {position.epoch}, {best.metric} {best.value:.4f}"
+
+
+def _beside(
+    recipe: Recipe, dataset: Dataset, position: Position, workers: int | tuple[int, int]
+) -> dict[str, Any]:
+    """See `set_beside`; empty where nothing can be planned: the training is done, and is not to be lost."""
+    ranks = workers if isinstance(workers, int) else workers[0]
+    try:
+        return set_beside(recipe, dataset, position, ranks=max(1, ranks))
+    except RecrayError as error:
+        progress.warn(f"no plan is set beside the run ({error})")
+        return {}
 
 
 def _report(position: Position) -> dict[str, Any]:

@@ -24,9 +24,10 @@ from recray.data.sequences import Histories
 from recray.errors import ConfigError
 from recray.evaluation import evaluate, recommender_top_k
 from recray.manifest import Artefact
-from recray.models.base import Model, Ranker, Retriever
+from recray.models import model_class
+from recray.models.base import Ranker, Retriever
 from recray.models.saved import load_model
-from recray.recipes import Train
+from recray.recipes import Recipe, Train
 from recray.recommender import Recommender
 
 if TYPE_CHECKING:
@@ -38,16 +39,23 @@ _ITEMS = 1 << 18  # of histories that are asked about at a time
 _MINED = "mined.npy"
 
 
-def first_stage(checkpoint: Artefact, dataset: Dataset, kind: type[Model], *, alone: bool) -> Retriever:
-    """The retriever of a checkpoint, that a ranker of this kind can be trained behind on this dataset.
+def first_stage(checkpoint: Artefact, dataset: Dataset, recipe: Recipe, *, alone: bool) -> Retriever:
+    """The retriever of a checkpoint, that a recipe's ranker can be trained behind on this dataset.
 
-    Raises ConfigError where one is not what it should be, where the retriever knows another dataset, and
-    where the ranker is not trained in one process alone: what is mined lies on this machine.
+    Raises ConfigError where one is not what it should be, where the retriever knows another dataset, where
+    the ranker learns from labels and so from no candidates, and where it is not trained in one process
+    alone: what is mined lies on this machine.
     """
+    kind = model_class(recipe.model)
     if not alone:
         raise ConfigError("a retriever is given, and workers", fix="train the ranker with workers=0")
     if not issubclass(kind, Ranker):
         raise ConfigError(f"{kind.name} is not a ranker", fix="train it without --retriever")
+    if recipe.options.get("loss") == "labels":
+        raise ConfigError(
+            "a retriever is given, and options.loss=labels learns from no candidates",
+            fix="train without --retriever, or choose another loss",
+        )
     parent = checkpoint.manifest.parents.get("dataset", {})
     if parent.get("hash") != dataset.artefact.hash:
         raise ConfigError(

@@ -44,14 +44,19 @@ def recipe_work(recipe: Recipe, catalogue: Catalogue, *, ranks: int = 1, data: D
     train, options = recipe.train, model.config
     length = int(getattr(options, "max_len", 1))
     mean, counts = (length, None) if data is None else _log(data, length)
+    full, labels = (getattr(options, "loss", "") == word for word in ("softmax", "labels"))
+    drawn = not (full or labels)
+    if labels:  # an interaction is an example of its own, and the log says what was not taken
+        mean = 1
     positions = train.batch_size * mean
-    full = getattr(options, "loss", "") == "softmax"
-    negatives = 0 if full else ranks * min(int(getattr(options, "negatives", 0)), catalogue.n_items)
+    negatives = ranks * min(int(getattr(options, "negatives", 0)), catalogue.n_items) * drawn
     tables = []
     for name, table in model.tables.items():
         of_items = name.startswith("item")
         # read as inputs; an item's also as targets, and as negatives that each rank looks up
-        lookups = positions * (2 if name == "item" and not full else 1) + of_items * negatives
+        lookups = positions * (2 if name == "item" and drawn else 1) + of_items * negatives
+        if labels:
+            lookups = positions * _an_example(model, name, length)
         rows = int(table.num_rows)  # type: ignore[arg-type]
         tables.append(
             TableWork(
@@ -76,7 +81,7 @@ def recipe_work(recipe: Recipe, catalogue: Catalogue, *, ranks: int = 1, data: D
         flops=flops,
         activations=activations,
         calls=calls,
-        largest=max(1.0, train.batch_size * length / positions) if positions else 1.0,
+        largest=max(1.0, train.batch_size * length / positions) if positions and not labels else 1.0,
         accumulate=train.accumulate,
         wire=train.wire,
         validated=bool(train.valid_users) and (data is None or data.has_split("valid")),
@@ -163,6 +168,16 @@ def _log(data: Dataset, length: int) -> tuple[float, NDArray[np.int64]]:
     return float(targets.sum() / max(windows, 1)), frequencies(histories.items, data.n_items)
 
 
+def _an_example(model: Any, name: str, length: int) -> int:
+    """Rows of a table that a labelled example looks up: at most, for its history."""
+    wide: dict[str, int] = {
+        "history": length,
+        "context": len(model.columns),
+        "value": model.item_rows.shape[1],
+    }
+    return wide.get(name, 1)
+
+
 def _dense(model: Model) -> int:
     tables = {id(p) for p in model.tables.parameters()}
     return sum(p.numel() for p in model.parameters() if id(p) not in tables)
@@ -188,4 +203,16 @@ def _network(model: Model, positions: float, told: float, negatives: float) -> t
         pairs = positions + told * negatives
         flops = 6 * (told * _dense(model) + pairs * a_pair)
         return flops, 4 * pairs * (2 * sum(hidden) + 4), 1000
-    return positions * 6.0 * _dense(model), positions * 4.0 * _dense(model) ** 0.5, 300
+    pairs = told * negatives * getattr(options, "interests", 1)
+    flops = 6.0 * (positions * _dense(model) + pairs * options.dim)
+    return flops, 4.0 * (positions * (_dense(model) ** 0.5 + _of_windows(options)) + 3 * pairs), 300
+
+
+def _of_windows(options: Any) -> float:
+    """Floats a position keeps that weighs each item of its window: half of what a step took (`plan.py`)."""
+    if hasattr(options, "interests"):
+        a_query = 8 * options.max_len + 16 * options.dim
+        return float(options.interests * a_query + 6 * options.max_len) / 2
+    if hasattr(options, "pooling") and options.history == "before":
+        return float(5 * options.max_len) / 2
+    return 0.0

@@ -21,7 +21,7 @@ from recray.tuning.trial import Outcome, Trial, TrialCache, words
 
 Fit = Callable[[Point, Place, Callable[[int, float], None]], Mapping[str, float]]
 
-LOWER_IS_BETTER = ("loss", "rmse", "mse", "mae")
+LOWER_IS_BETTER = ("loss", "logloss", "rmse", "mse", "mae")
 PICTURE = "trials.html"
 MODEL = "model"  # a trial's checkpoint in the trial's folder; the states of its training lie beside it
 

@@ -120,6 +120,11 @@ def test_recommend_wants_exactly_one(given: dict[str, Any]) -> None:
         api.recommend("nowhere", **given)
 
 
+def test_reasons_are_not_said_of_many_users() -> None:
+    with pytest.raises(InputError, match="why is said of one user or history"):
+        api.recommend("nowhere", users=["a", "b"], why=True)
+
+
 def test_mistakes_are_found_before_anything_is_opened(tmp_path: Path) -> None:
     for call, said in [
         (lambda: api.train("nowhere", recipe="sasrek"), "did you mean 'sasrec'"),
@@ -165,12 +170,28 @@ def test_a_result_does_not_replace_an_artefact_of_another_kind(checkpoint: Artef
         ("options.dim=4,8", "foo", "unknown metric 'foo'"),
         ("options.dim=4,8", "ndcg", "unknown metric 'ndcg'"),
         ("options.dim=4,8", "ndcg@5", "unknown metric 'ndcg@5'"),
+        ("options.dim=4,8", "rmse", "unknown metric 'rmse'"),
     ],
 )
 def test_a_search_that_no_trial_could_do_is_refused_at_once(space: str, metric: str, words: str) -> None:
     fit = composing.Fit(recipes.recipe("ials"), "nowhere", metric)
     with pytest.raises(ConfigError, match=words):
         composing.check_search(fit, Space.parse([space]))
+
+
+@pytest.mark.parametrize("name", ["item-ratings", "user-ratings"])
+def test_a_search_over_ratings_takes_the_least_error(name: str, tmp_path: Path) -> None:
+    pairs = [(u, i) for u in range(40) for i in range(20) if (u * 7 + i * 13 + u * i) % 9 < 5]
+    lines = [f"u{u},i{i},{1 + 3 * ((u + i) % 2) + (u * i) % 2}\n" for u, i in pairs]
+    (tmp_path / "log.csv").write_text("user,item,rating\n" + "".join(lines))
+    data = recray.prepare(tmp_path / "log.csv", columns={"weight": "rating"}, out=tmp_path / "data")
+    found = recray.tune(
+        data, recipe=name, space=["options.neighbours=1,30"], metric="rmse", trials=2, out=tmp_path / "search"
+    )
+    trials = json.loads((found.place / "front.json").read_bytes())["trials"]
+    best = min(trials, key=lambda trial: trial["metrics"]["rmse"])
+    assert found.manifest.report["chosen"]["trial"] == best["trial"]
+    assert len({trial["metrics"]["rmse"] for trial in trials}) == 2
 
 
 def test_a_search_without_a_valid_split_is_refused_at_once(tmp_path: Path) -> None:

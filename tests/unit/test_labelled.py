@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,42 @@ def test_a_search_over_labels_asks_for_auc(data: Dataset) -> None:
     space, where = Space.parse(["options.dim=8,16"]), str(data.artefact.place)
     fit = composing.Fit(recipes.recipe("dlrm", ["options.loss=labels"]), where, "auc")
     composing.check_search(fit, space)
+    composing.check_search(composing.Fit(fit.recipe, where, "logloss"), space)
     labels = ["options.loss=labels"]
     for changes, metric in ((labels, "ndcg@10"), (labels, "auc@10"), ([], "auc")):
         with pytest.raises(ConfigError, match="unknown metric"):
             composing.check_search(composing.Fit(recipes.recipe("dlrm", changes), "nowhere", metric), space)
+
+
+def test_a_search_by_log_loss_takes_the_least(data: Dataset, tmp_path: Path) -> None:
+    found = recray.tune(
+        data,
+        recipe="dlrm",
+        set=(*LABELS, "train.epochs=1", "train.threads=1"),
+        space=["train.lr=0.00001,0.02"],
+        metric="logloss",
+        trials=2,
+        scheduler="none",
+        out=tmp_path / "search",
+    )
+    trials = json.loads((found.place / "front.json").read_bytes())["trials"]
+    best = min(trials, key=lambda trial: trial["metrics"]["logloss"])
+    assert found.manifest.report["chosen"]["trial"] == best["trial"]
+    assert len({trial["metrics"]["logloss"] for trial in trials}) == 2
+
+
+def test_a_log_with_one_row_a_user_is_planned_and_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    rows = [f"u{u},i{rng.integers(30)},{rng.integers(2)}" for u in range(300)]
+    (tmp_path / "log.csv").write_text("\n".join(["user,item,taken", *rows]))
+    columns = {"weight": "taken"}
+    once = recray.prepare(
+        tmp_path / "log.csv", columns=columns, min_weight=0, split="none", out=tmp_path / "once"
+    )
+    monkeypatch.setattr("recray.training.run._WORTH_S", 0.0)
+    made = recray.train(once, recipe="dlrm", set=(*LABELS, "train.epochs=1"), out=tmp_path / "made")
+    assert made.manifest.report["plan"]["predicted_step_ms"] > 0
+    plan = recray.plan(once, recipe="dlrm", set=LABELS)
+    assert {table.name: table.lookups for table in plan.work.tables} == {"item": 128, "history": 128 * 50}

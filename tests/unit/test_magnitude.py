@@ -78,6 +78,21 @@ def test_training_on_holds_the_zeros_and_recovers() -> None:
     assert off < 0.6 * first
 
 
+def test_masks_follow_a_model_that_moves() -> None:
+    class Model:
+        network = net()
+
+        def loss(self, batch: Any) -> torch.Tensor:
+            return self.network(batch).sum()  # type: ignore[no-any-return]
+
+    model: Any = Model()
+    learn_masked(model, magnitude(model.network, 0.5))
+    assert model.loss(torch.ones(2, 20)).device.type == "cpu"
+    model.network.to("meta")
+    for _ in range(2):
+        assert model.loss(torch.ones(2, 20, device="meta")).device.type == "meta"
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     share=st.sampled_from([0.0, 0.3, 0.9, 1.0]),

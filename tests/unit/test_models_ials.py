@@ -120,7 +120,15 @@ def test_without_ridge_or_unobserved_pairs_nothing_breaks() -> None:
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("reg", -1.0), ("reg", float("nan")), ("std", -1.0), ("unobserved", -1.0)],
+    [
+        ("reg", -1.0),
+        ("reg", float("nan")),
+        ("std", -1.0),
+        ("unobserved", -1.0),
+        ("nu", -0.5),
+        ("nu", 400.0),
+        ("nu", float("nan")),
+    ],
 )
 def test_weights_that_have_no_minimum_are_refused(option: str, value: float) -> None:
     with pytest.raises(ConfigError, match=rf"options.*\b{option}\b"):

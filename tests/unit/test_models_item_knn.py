@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import sparse
 
 from recray.data.sequences import Histories
-from recray.errors import ConfigError
+from recray.errors import ConfigError, InputError
 from recray.models import build_model, item_knn, neighbours
 from recray.models.base import Catalogue
 from recray.models.neighbours import strongest, strongest_dense, truncated_svd
@@ -193,6 +193,15 @@ def test_ratings_follow_the_taste_of_a_new_user() -> None:
     plain_one = build_model("item-knn", Catalogue(12, {}), {})
     with pytest.raises(ConfigError, match="similarity=adjusted"):
         plain_one.predict(new, Histories.of([[4], []]))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("given", [None, 1.0, 4.0])
+def test_a_log_without_ratings_is_refused(given: float | None) -> None:
+    bare = rated()
+    weights = None if given is None else np.full(len(bare.items), given, np.float32)
+    model = build_model("item-knn", Catalogue(12, {}), {"similarity": "adjusted"})
+    with pytest.raises(InputError, match=r"all ratings are equal.*--columns weight=NAME"):
+        model.fit(SmallData(12, Histories(bare.items, bare.offsets, weights)))  # type: ignore[arg-type]
 
 
 def test_reasons_sum_to_the_score() -> None:

@@ -17,6 +17,7 @@ from recray.models.base import Catalogue
 from recray.models.losses import others_of_best
 from recray.models.mind import squash
 from recray.recommender import Recommender
+from tests.models_data import SmallData
 
 torch.set_num_threads(1)
 
@@ -138,6 +139,26 @@ def test_the_target_is_answered_by_its_own_interest() -> None:
     flat, _ = small(interests=3, sharpness=0.0).scores(states, slice(None), rows, torch.arange(4))
     other = torch.einsum("pkd,pd->pk", states, small(interests=3).vectors(rows))
     torch.testing.assert_close(flat, other.mean(1))
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sampled"])
+@pytest.mark.parametrize("sharpness", [0.0, 1e-9, 0.1])
+def test_interests_that_are_not_there_take_no_part(loss: str, sharpness: float) -> None:
+    model = small(loss=loss, sharpness=sharpness, negatives=10)
+    (batch,) = model.batches(
+        SmallData(30, two_chains(20, 2)), batch_size=20, epoch=1, seed=0, rank=0, world=1
+    )
+    value = model.loss(batch)
+    value.backward()
+    assert 0 < float(value.detach()) < 20
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    states = model.states(batch)
+    targets = torch.from_numpy(batch.targets[batch.targets >= 0])
+    found, _ = model.scores(states, slice(None), targets, torch.arange(4))
+    each = torch.einsum("pkd,pd->pk", states, model.vectors(targets))
+    for score, own, state in zip(found, each, states):
+        real = own[state[:, -1] > -1e8]
+        torch.testing.assert_close(score, ((sharpness * real).softmax(0) * real).sum())
 
 
 def two_chains(users: int, seed: int) -> Histories:

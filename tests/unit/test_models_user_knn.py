@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 
 from recray.data.sequences import Histories
-from recray.errors import ConfigError
-from recray.models import build_model
+from recray.errors import ConfigError, InputError
+from recray.models import build_model, user_knn
 from recray.models.base import Catalogue
 from recray.models.ratings import item_biases, ratings_of, user_biases
 from tests.models_data import SmallData, ring
@@ -126,6 +126,35 @@ def test_cosine_of_ratings_predicts_from_the_mean() -> None:
         assert scores.max() > 0
     with pytest.raises(ConfigError, match="weighted=true"):
         fitted(ring()).predict(bare, Histories.of([[6]]))
+
+
+@pytest.mark.parametrize("centre", ["mean", "baseline"])
+@pytest.mark.parametrize("similarity", ["cosine", "pearson"])
+def test_ratings_are_predicted_a_part_at_a_time(
+    centre: str, similarity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, rng = ratings(), np.random.default_rng(5)
+    model = fitted(SmallData(9, data), 9, weighted=True, similarity=similarity, centre=centre, neighbours=4)
+    asked = Histories.of([rng.integers(-1, 9, rng.integers(0, 4)).tolist() for _ in range(30)])
+    whole = model.predict(data, asked)
+    compared, similar = list[int](), type(model)._similar
+
+    def noting(self: Any, part: Any, kept: Any, rated: bool) -> Any:
+        compared.append(part.shape[0])
+        return similar(self, part, kept, rated)
+
+    monkeypatch.setattr(type(model), "_similar", noting)
+    monkeypatch.setattr(user_knn, "CELLS", 30 * 7)
+    np.testing.assert_allclose(model.predict(data, asked), whole, rtol=1e-12)
+    assert compared == [7, 7, 7, 7, 2]
+
+
+@pytest.mark.parametrize("given", [None, 1.0, 4.0])
+def test_a_log_without_ratings_is_refused(given: float | None) -> None:
+    bare = ratings()
+    weights = None if given is None else np.full(len(bare.items), given, np.float32)
+    with pytest.raises(InputError, match=r"all ratings are equal.*--columns weight=NAME"):
+        fitted(SmallData(9, Histories(bare.items, bare.offsets, weights)), 9, weighted=True)
 
 
 def test_a_log_that_is_too_large_keeps_users_by_the_seed() -> None:

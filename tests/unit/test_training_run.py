@@ -242,6 +242,29 @@ def test_a_closed_form_without_a_finite_solution_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_finished_run_is_kept_where_no_plan_can_be_made(
+    ring: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*given: Any, **more: Any) -> Any:
+        raise ConfigError("nothing can be planned")
+
+    monkeypatch.setattr(run_module, "_WORTH_S", 0.0)
+    known = train(ring, small("train.epochs=1"), out=tmp_path / "known")
+    assert known.manifest.report["plan"]["measured_step_ms"] > 0
+    monkeypatch.setattr(run_module, "set_beside", refused)
+    made = train(ring, small("train.epochs=1"), out=tmp_path / "made")
+    assert made.manifest.report["plan"] == {}
+    assert made.manifest.files == known.manifest.files
+    assert "warning: no plan is set beside the run (nothing can be planned)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["popularity", "ials"])
+def test_a_gpu_for_a_closed_form_is_refused(ring: Dataset, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{name} is fitted without a GPU.*train it without --gpu"):
+        train(ring, recipe(name), gpu=True, out=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_unknown_options_and_workers(ring: Dataset, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="dimm"):
         train(ring, small("options.dimm=3"), out=tmp_path / "out")

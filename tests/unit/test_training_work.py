@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from recray.data.dataset import Dataset
+from recray.data.sequences import Histories
 from recray.errors import ConfigError
+from recray.models import build_model
 from recray.models.base import Catalogue
 from recray.recipes import recipe
+from recray.training.plan import Machine, make_plan
 from recray.training.work import dataset_work, distinct_share, recipe_work
-from tests.models_data import ring_dataset
+from tests.models_data import SmallData, ring_dataset
 
 
 @given(st.integers(1, 10**9), st.floats(0.1, 1e6))
@@ -63,6 +70,49 @@ def test_every_table_of_a_ranker_is_in_the_plan(ring: Dataset) -> None:
     drawn = ring.n_items  # of the 256 asked for
     assert by_name["item_gmf"].lookups == by_name["history_gmf"].lookups + drawn
     assert work.dense > 1000
+
+
+def test_a_labelled_example_is_one_item_its_history_and_its_contexts() -> None:
+    catalogue = Catalogue(1000, {"day": 7, "place": 9}, {"kind": 5, "maker": 4})
+    work = recipe_work(recipe("dlrm", ["options.loss=labels", "train.batch_size=512"]), catalogue, ranks=2)
+    asked = {table.name: table.lookups / 512 for table in work.tables}
+    assert asked == {"item": 1, "history": 50, "context": 2, "value": 2}
+    assert work.largest == 1
+    other = recipe_work(
+        recipe("dlrm", ["options.loss=labels", "train.batch_size=512", "options.negatives=999"]), catalogue
+    )
+    assert other == recipe_work(recipe("dlrm", ["options.loss=labels", "train.batch_size=512"]), catalogue)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("mind", ["options.max_len=150", "options.negatives=16"]),
+        ("mind", ["options.max_len=40", "options.interests=8", "options.negatives=512"]),
+        ("two-tower", ["options.max_len=300", "options.negatives=16"]),
+        ("two-tower", ["options.max_len=60", "options.pooling=mean", "options.negatives=512"]),
+        ("gru4rec", ["options.max_len=60", "options.negatives=512"]),
+    ],
+)
+def test_what_a_step_keeps_is_not_more_than_planned(name: str, words: list[str]) -> None:
+    chosen = recipe(name, [*words, "options.loss=sampled", "options.dim=16", "train.batch_size=8"])
+    length = int(chosen.options["max_len"])
+    rows = np.random.default_rng(0).integers(0, 700, (8, length + 1))
+    model = build_model(name, Catalogue(700, {}), chosen.options).train()
+    data: Any = SmallData(700, Histories.of([*rows]))
+    (batch,) = model.batches(data, batch_size=8, epoch=1, seed=0, rank=0, world=1)  # type: ignore[operator]
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = model.loss(batch)  # type: ignore[operator]
+    assert loss.isfinite()
+    plan = make_plan(recipe_work(chosen, Catalogue(700, {})), 1, Machine(memory=1 << 40))
+    assert sum(kept.values()) < plan.memory["step"]
 
 
 def test_what_has_no_steps_has_no_plan() -> None:

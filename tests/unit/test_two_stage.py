@@ -168,6 +168,9 @@ def test_what_does_not_fit_is_refused(
         recray.train(data, recipe="neumf", retriever=ranker, **asked)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="workers"):
         recray.train(data, recipe="neumf", retriever=retriever, workers=2, **asked)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="loss=labels learns from no candidates"):
+        labels = ["options.loss=labels"]
+        recray.train(data, recipe="dlrm", retriever=retriever, set=labels, out=tmp_path / "out")
     log = tmp_path / "log.csv"
     log.write_text("user,item\n" + "".join(f"u{u},i{i}\n" for u in range(9) for i in range(5)))
     other = recray.prepare(log, out=tmp_path / "other")
