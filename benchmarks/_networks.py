@@ -34,7 +34,6 @@ from benchmarks.rows import Row
 from recray.bundles.build import sample_inputs
 from recray.bundles.plan import Graph
 from recray.bundles.stage import example_inputs, write_graph
-from recray.compression.codec import encode_table
 from recray.compression.fastest import Form, fastest
 from recray.compression.graph import OnnxNetwork, export_onnx, quiet
 from recray.compression.prune import dense_parameters
@@ -68,10 +67,8 @@ RANKERS: dict[str, tuple[str, ...]] = {
     "half": ("options.hidden=128,64", "options.rank=32"),
     "quarter": ("options.hidden=64,32", "options.rank=16"),
 }
-POOLED: dict[str, tuple[str, ...]] = {  # cut out of nothing, so they have twice the epochs
-    "pooled": ("options.history=pool", "options.hidden=64,32", "options.rank=16"),
-    "shallow": ("options.history=pool", "options.hidden=32", "options.rank=8", "options.crosses=1"),
-}
+# cut out of nothing, so it has the epochs of those that are, and their teacher's
+POOLED = ("options.history=pool", "options.hidden=64,32", "options.rank=16")
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ class Work:
 
 LONG = ("train.epochs=60", "train.patience=5")
 WORKS = {
-    "ml100k": Work("ml100k", ml100k, LONG, 9),  # of a ranker: minutes each
+    "ml100k": Work("ml100k", ml100k, LONG, 3),  # of a ranker: minutes each
     "ml1m": Work("ml1m", ml1m, LONG, ranker="dcn@ml1m"),
 }
 QUICK = Work("ml100k", ml100k, ("train.epochs=2",), 1)
@@ -142,7 +139,7 @@ def encoder_rows(work: Work, data: Dataset, teacher: Artefact, folder: Path, qui
 
 
 def ranker_rows(work: Work, data: Dataset, retriever: Artefact, folder: Path, quick: bool) -> Iterator[Row]:
-    """The fastest form of the ranker, of those cut out of it, and of two that pool in place of attending."""
+    """The fastest form of the ranker, of those cut out of it, and of one that pools in place of attending."""
     epochs = work.ranker_epochs or recipe(work.ranker).train.epochs
     words = (*RANKER, f"train.epochs={epochs}")
     first = trained(data, work.ranker, words, folder / "ranker", retriever)
@@ -150,9 +147,9 @@ def ranker_rows(work: Work, data: Dataset, retriever: Artefact, folder: Path, qu
     for name, shape in RANKERS.items():
         smaller = (*words, *shape, f"train.start={first.place.uri}", "train.lr=0.001")
         models[name] = load_model(trained(data, work.ranker, smaller, folder / f"ranker-{name}", retriever))
-    for name, shape in POOLED.items() if not quick else ():
-        longer = (*words, *shape, f"train.epochs={2 * epochs}")
-        models[name] = load_model(trained(data, work.ranker, longer, folder / f"ranker-{name}", retriever))
+    if not quick:
+        longer = (*words, *POOLED, f"train.epochs={2 * epochs}")
+        models["pooled"] = load_model(trained(data, work.ranker, longer, folder / "ranker-pooled", retriever))
     proposed = model_top_k(load_model(retriever))  # type: ignore[arg-type]
 
     def judged(model: Any, cases: Cases) -> Report:
@@ -315,10 +312,7 @@ def formed(model: Any, graph: Graph, data: Dataset, base: Path) -> Any:
     write_graph(
         path, model, graph, exported=base.with_suffix(".onnx"), samples=lambda: sample_inputs(model, data)
     )
-    made = served(with_network(model, OnnxNetwork(path, threads=THREADS)))
-    coded = {name: encode_table("f32", table.dense()) for name, table in model.tables.items()}
-    made._modules["tables"] = nn.ModuleDict(coded)  # as a bundle holds them
-    return made
+    return served(with_network(model, OnnxNetwork(path, threads=THREADS)))
 
 
 def default_int8(model: Any, path: Path) -> Any:
